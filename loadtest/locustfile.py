@@ -1,0 +1,87 @@
+"""`locust -f loadtest/locustfile.py`: load for the HF server and the vLLM server, from the web UI or headless."""
+
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+import flask
+import gevent
+from locust import events
+from locust.env import Environment
+from locust.runners import MasterRunner, WorkerRunner
+
+from loadtest.options import add_arguments, check
+from loadtest.run import Run
+from loadtest.users import HF, VLLM, TargetUser
+
+BAD_OPTIONS, RECORDS_LOST = 2, 3
+
+
+@events.init_command_line_parser.add_listener
+def _arguments(parser: Any) -> None:
+    add_arguments(parser)
+    # Bound to this machine, and with the picker that chooses the server, unless told otherwise.
+    parser.set_defaults(web_host="127.0.0.1", class_picker=True)
+
+
+@events.init.add_listener
+def _init(environment: Environment, **_: Any) -> None:
+    if isinstance(environment.runner, MasterRunner | WorkerRunner):
+        _leave("runs on one process for now: leave out --master, --worker and --processes")
+    try:
+        check(vars(environment.parsed_options))
+    except ValueError as error:
+        _leave(str(error))
+    if environment.web_ui and environment.web_ui.app:
+        environment.web_ui.app.before_request(_check_form)
+
+
+def _leave(message: str) -> NoReturn:
+    print(f"loadtest: {message}", file=sys.stderr, flush=True)
+    sys.exit(BAD_OPTIONS)
+
+
+def _check_form() -> flask.Response | None:
+    """Refuse a form with a bad value before Locust reads it; the page shows the message."""
+    form = flask.request.form
+    if flask.request.path != "/swarm":
+        return None
+    try:
+        if form.get("host"):
+            raise ValueError("host: leave it empty: each user class has its own server, hf_url and vllm_url")
+        options = check(form)
+        if options.records and Path(options.records).exists():
+            raise ValueError(f"records: {options.records!r} exists; name a new file")
+    except ValueError as error:
+        return flask.jsonify({"success": False, "message": str(error), "host": None})
+    return None
+
+
+@events.test_start.add_listener
+def _start(environment: Environment, **_: Any) -> None:
+    options = check(vars(environment.parsed_options))
+    HF.host, VLLM.host = options.hf_url, options.vllm_url
+    targets = [kind.target for kind in environment.user_classes if issubclass(kind, TargetUser)]
+    try:
+        TargetUser.current = Run(options, targets, on_end=lambda failure: _end(environment, failure))
+    except (OSError, ValueError) as error:
+        TargetUser.current = None
+        _end(environment, error)
+    else:
+        print(f"loadtest: records go to {TargetUser.current.path}", flush=True)
+
+
+@events.test_stop.add_listener
+def _stop(**_: Any) -> None:
+    if TargetUser.current:
+        TargetUser.current.close()
+
+
+def _end(environment: Environment, failure: Exception | None) -> None:
+    if failure:
+        print(f"loadtest: the run ends, its records cannot be kept: {failure}", file=sys.stderr, flush=True)
+        environment.process_exit_code = RECORDS_LOST
+    # Not in the greenlet of a user, which this ends too.
+    runner = environment.runner
+    if runner:
+        gevent.spawn(runner.stop if environment.web_ui else runner.quit)

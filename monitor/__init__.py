@@ -1,0 +1,5 @@
+"""Samples the memory of GPUs and of server processes, and serves the samples over HTTP.
+
+Knows nothing of servers but their names: a process belongs to server NAME when its environment holds
+HEADROOM_SERVER=NAME.
+"""

@@ -1,0 +1,1 @@
+"""An OpenAI-compatible HTTP server on Hugging Face Transformers: the traditional way to serve a model."""

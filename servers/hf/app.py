@@ -1,0 +1,237 @@
+"""The aiohttp application: requests in, chunks out."""
+
+import json
+import logging
+import time
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
+from dataclasses import dataclass
+
+from aiohttp import web
+from prometheus_client import CollectorRegistry
+from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+from transformers import PreTrainedTokenizerFast
+
+from servers.hf.api import (
+    JSON,
+    ApiError,
+    ChatRequest,
+    CompletionRequest,
+    Delta,
+    GenerationRequest,
+    Reply,
+    StreamOptions,
+    parse,
+)
+from servers.hf.engines import Job, QueueFullError, Sampling, SequentialEngine
+from servers.hf.metrics import Metrics
+from servers.hf.text import TextStream
+
+OPENAI_DEFAULT_MAX_TOKENS = 16
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Service:
+    """What the handlers need; lengths are in tokens."""
+
+    name: str
+    engine: SequentialEngine
+    tokenizer: PreTrainedTokenizerFast
+    vocab_size: int
+    max_model_len: int
+    metrics: Metrics
+    registry: CollectorRegistry
+
+
+SERVICE = web.AppKey("service", Service)
+
+
+def make_app(service: Service) -> web.Application:
+    """Build the application around a loaded model; its engine starts and stops with it."""
+    app = web.Application(middlewares=[_errors], client_max_size=64 * 2**20)
+    app[SERVICE] = service
+    service.metrics.watch("num_requests_running", "Requests being generated", lambda: service.engine.running)
+    service.metrics.watch("num_requests_waiting", "Requests that wait for their turn", lambda: service.engine.waiting)
+    app.add_routes(
+        [
+            web.post("/v1/completions", _completions),
+            web.post("/v1/chat/completions", _chat),
+            web.get("/v1/models", _models),
+            web.get("/health", _health),
+            web.get("/metrics", _metrics),
+        ]
+    )
+    app.cleanup_ctx.append(_engine)
+    return app
+
+
+async def _engine(app: web.Application) -> AsyncIterator[None]:
+    app[SERVICE].engine.start()
+    yield
+    app[SERVICE].engine.close()
+
+
+@web.middleware
+async def _errors(
+    request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+) -> web.StreamResponse:
+    try:
+        return await handler(request)
+    except ApiError as error:
+        if error.status < 500:
+            request.app[SERVICE].metrics.end("rejected")
+        headers = {"Retry-After": "1"} if error.status == 429 else {}
+        return web.json_response(error.body, status=error.status, headers=headers)
+
+
+async def _health(request: web.Request) -> web.Response:
+    return web.Response(status=200 if request.app[SERVICE].engine.alive else 503)
+
+
+async def _metrics(request: web.Request) -> web.Response:
+    body = generate_latest(request.app[SERVICE].registry)
+    return web.Response(body=body, headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+
+async def _models(request: web.Request) -> web.Response:
+    service = request.app[SERVICE]
+    model = {"id": service.name, "object": "model", "owned_by": "headroom", "max_model_len": service.max_model_len}
+    return web.json_response({"object": "list", "data": [model]})
+
+
+async def _completions(request: web.Request) -> web.StreamResponse:
+    service = request.app[SERVICE]
+    asked = parse(CompletionRequest, await request.read())
+    if isinstance(asked.prompt, str):
+        prompt = tuple(service.tokenizer(asked.prompt)["input_ids"])
+    else:
+        prompt = tuple(asked.prompt)
+    return await _generate(request, asked, prompt, asked.max_tokens or OPENAI_DEFAULT_MAX_TOKENS)
+
+
+async def _chat(request: web.Request) -> web.StreamResponse:
+    service = request.app[SERVICE]
+    asked = parse(ChatRequest, await request.read())
+    if not service.tokenizer.chat_template:
+        raise ApiError(400, "messages: the model has no chat template; use /v1/completions", "messages")
+    if asked.max_tokens and asked.max_completion_tokens:
+        raise ApiError(400, "max_tokens: give either max_tokens or max_completion_tokens", "max_tokens")
+    messages = [{"role": message.role, "content": message.text} for message in asked.messages]
+    prompt = tuple(
+        service.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+    )
+    rest = max(1, service.max_model_len - len(prompt))
+    return await _generate(request, asked, prompt, asked.max_completion_tokens or asked.max_tokens or rest)
+
+
+async def _generate(
+    request: web.Request, asked: GenerationRequest, prompt: tuple[int, ...], max_tokens: int
+) -> web.StreamResponse:
+    service = request.app[SERVICE]
+    _check(service, asked, prompt, max_tokens)
+    chosen = asked.model_dump(include={"min_tokens", "temperature", "top_p", "top_k", "seed", "ignore_eos"})
+    job = Job(prompt, Sampling(max_tokens=max_tokens, **chosen))
+    try:
+        service.engine.submit(job)
+    except QueueFullError:
+        raise ApiError(429, "too many requests are waiting; try again later", kind="rate_limit_error") from None
+    service.metrics.prompt_tokens.inc(len(prompt))
+    chat = isinstance(asked, ChatRequest)
+    reply = Reply(
+        id=("chatcmpl-" if chat else "cmpl-") + uuid.uuid4().hex,
+        created=int(time.time()),
+        model=service.name,
+        chat=chat,
+        prompt_ids=prompt,
+        return_token_ids=asked.return_token_ids,
+    )
+    text = TextStream(service.tokenizer.backend_tokenizer, prompt, asked.stops, asked.min_tokens)
+    async with aclosing(_deltas(service, job, text)) as deltas:
+        return await (_stream(request, asked, reply, deltas) if asked.stream else _whole(reply, deltas))
+
+
+def _check(service: Service, asked: GenerationRequest, prompt: tuple[int, ...], max_tokens: int) -> None:
+    if asked.model != service.name:
+        raise ApiError(404, f"model: {asked.model!r}: this server serves {service.name!r}", "model")
+    field = "messages" if isinstance(asked, ChatRequest) else "prompt"
+    if not prompt:
+        raise ApiError(400, f"{field}: at least one token is needed", field)
+    if unknown := next((token for token in prompt if not 0 <= token < service.vocab_size), None):
+        raise ApiError(400, f"prompt: token id {unknown} is not in 0..{service.vocab_size - 1}", "prompt")
+    if asked.min_tokens > max_tokens:
+        raise ApiError(400, f"min_tokens: {asked.min_tokens} is more than max_tokens, {max_tokens}", "min_tokens")
+    if len(prompt) + max_tokens > service.max_model_len:
+        message = (
+            f"max_tokens: {len(prompt)} prompt tokens + {max_tokens} to generate are more than the context of "
+            f"{service.max_model_len} tokens"
+        )
+        raise ApiError(400, message, "max_tokens")
+
+
+async def _deltas(service: Service, job: Job, text: TextStream) -> AsyncGenerator[Delta]:
+    """Yield what each token adds, keep the metrics, and end the job however this ends."""
+    metrics = service.metrics
+    arrived = last = time.monotonic()
+    count = 0
+    outcome = "cancelled"
+    try:
+        async for step in job.steps():
+            now = time.monotonic()
+            (metrics.itl if count else metrics.ttft).observe(now - last)
+            last, count = now, count + 1
+            piece = text.push(step.token_id)
+            reason = "stop" if text.stopped else step.finish_reason
+            if reason:
+                outcome = reason
+                metrics.e2e.observe(now - arrived)
+                piece += text.flush()
+            yield Delta(piece, (step.token_id,), reason)
+            if reason:
+                return
+    except Exception as error:
+        outcome = "error"
+        logger.exception("a request failed in the engine")
+        raise ApiError(500, f"the engine failed: {type(error).__name__}: {error}", kind="server_error") from error
+    finally:
+        metrics.generation_tokens.inc(count)
+        service.engine.cancel(job)
+        metrics.end(outcome)
+
+
+async def _whole(reply: Reply, deltas: AsyncIterator[Delta]) -> web.Response:
+    parts = [delta async for delta in deltas]
+    token_ids = tuple(token for part in parts for token in part.token_ids)
+    return web.json_response(
+        reply.whole(Delta("".join(part.text for part in parts), token_ids, parts[-1].finish_reason))
+    )
+
+
+async def _stream(
+    request: web.Request, asked: GenerationRequest, reply: Reply, deltas: AsyncIterator[Delta]
+) -> web.StreamResponse:
+    options = asked.stream_options or StreamOptions()
+    response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"})
+    await response.prepare(request)
+
+    async def send(chunk: JSON) -> None:
+        if options.continuous_usage_stats and "choices" in chunk:
+            chunk.setdefault("usage", reply.usage(count))
+        await response.write(b"data: " + json.dumps(chunk, separators=(",", ":")).encode() + b"\n\n")
+
+    count = 0
+    if reply.chat:
+        await send(reply.role_chunk())
+    try:
+        async for delta in deltas:
+            first, count = count == 0, count + len(delta.token_ids)
+            await send(reply.chunk(delta, first))
+    except ApiError as error:
+        # The status is sent already; a client finds the failure in the stream.
+        await send(error.body)
+        return response
+    if options.include_usage:
+        await send(reply.usage_chunk(count))
+    await response.write(b"data: [DONE]\n\n")
+    return response

@@ -1,0 +1,59 @@
+"""What both servers are configured with, and how a command line becomes settings."""
+
+import os
+import socket
+import sys
+from collections.abc import Sequence
+from typing import Literal, TypeVar
+
+from pydantic import Field, ValidationError
+from pydantic_settings import BaseSettings, CliApp, SettingsConfigDict
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+class ServerSettings(BaseSettings):
+    """The options that mean the same on both servers."""
+
+    model_config = SettingsConfigDict(cli_kebab_case=True, cli_implicit_flags=True, cli_hide_none_type=True)
+
+    model: str = Field("random:tiny", description="a Hugging Face id, a folder, or random:SHAPE")
+    host: str = Field("127.0.0.1", description="address to listen on")
+    dtype: Dtype = Field("auto", description="weights and KV cache; auto: float32 on CPU, bfloat16 on GPU")
+    max_model_len: int | None = Field(None, ge=2, description="prompt + output tokens; default: the model's own limit")
+    threads: int | None = Field(None, ge=1, description="CPU threads for the model; default: all cores but one")
+
+
+Settings = TypeVar("Settings", bound=BaseSettings)
+
+
+def parse(kind: type[Settings], program: str, arguments: Sequence[str]) -> Settings:
+    """Read settings from the command line and the environment; on bad input say what is allowed and exit with 2."""
+    try:
+        return CliApp.run(kind, cli_args=list(arguments))
+    except ValidationError as error:
+        for problem in error.errors():
+            option = "--" + "-".join(str(part) for part in problem["loc"]).replace("_", "-")
+            print(f"{program}: {option}: {problem['input']!r}: {problem['msg']}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Bind and listen; raises OSError that names the address and what to do."""
+    try:
+        return socket.create_server((host, port), backlog=1024)
+    except OSError as error:
+        reason = os.strerror(error.errno).lower() if error.errno and error.errno > 0 else error
+        raise OSError(f"--port: {port}: cannot listen on {host}:{port}: {reason}; choose another port") from None
+
+
+def cpu_cores(threads: int | None) -> list[int]:
+    """Cores for the model on a CPU: as many as asked for, else all but one, which is left for HTTP and the clients."""
+    cores = sorted(os.sched_getaffinity(0))
+    return cores[: threads or max(1, len(cores) - 1)]
+
+
+def fail(program: str, message: object) -> SystemExit:
+    """Print one line on standard error; the exit with status 1 that is returned is to be raised."""
+    print(f"{program}: {message}", file=sys.stderr)
+    return SystemExit(1)

@@ -1,0 +1,230 @@
+"""Processes of servers, through the real /proc where it can be made to show the case."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from uuid import uuid4
+
+import psutil
+import pytest
+
+from monitor import processes
+from monitor.processes import SCAN_EVERY_NS, Processes
+from monitor.timeline import Instant, Readings, Series
+
+Start = Callable[..., subprocess.Popen[str]]
+# Says so on a line and waits for its end.
+HOLD_50_MB = "block = bytearray(b'x') * 50_000_000; print('ready', flush=True); input()"
+# Overwrites its environment as setproctitle does, then forks a child that never had one.
+OVERWRITE_ENVIRONMENT = """
+import ctypes, os
+first = ctypes.cast(ctypes.c_void_p.in_dll(ctypes.CDLL(None), "environ"), ctypes.POINTER(ctypes.c_void_p))[0]
+input()
+size = len(open("/proc/self/environ", "rb").read())
+ctypes.memset(first, 0, size)
+ctypes.memmove(first, b"title", 5)
+os.fork()
+print("ready", flush=True)
+input()
+"""
+
+
+@pytest.fixture
+def server() -> str:
+    """A name that no other process on this machine bears."""
+    return f"test-{uuid4()}"
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    started: list[subprocess.Popen[str]] = []
+
+    def start(*command: str, **environ: str) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            command,
+            env=os.environ | environ,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        started.append(process)
+        # Popen returns a moment before the kernel shows the new program's environment.
+        while not Path(f"/proc/{process.pid}/environ").read_bytes():
+            time.sleep(0.001)
+        return process
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+def line(process: subprocess.Popen[str]) -> str:
+    assert process.stdout
+    return process.stdout.readline()
+
+
+def write(process: subprocess.Popen[str], text: str) -> None:
+    assert process.stdin
+    process.stdin.write(text)
+    process.stdin.flush()
+
+
+def count(readings: Readings, server: str) -> float | None:
+    return readings.get(Series("host_processes", server))
+
+
+def test_a_process_belongs_to_the_server_its_environment_names(start: Start, server: str) -> None:
+    one = start("sleep", "60", HEADROOM_SERVER=server)
+    other = start("sleep", "60", HEADROOM_SERVER=f"{server}-b")
+    alike = start("sleep", "60", OLD_HEADROOM_SERVER=server, HEADROOM_SERVERS=server)
+    nameless = start("sleep", "60", HEADROOM_SERVER="")
+    table = Processes()
+    table.scan()
+    servers = table.servers()
+    assert servers[one.pid] == server
+    assert servers[other.pid] == f"{server}-b"
+    assert alike.pid not in servers
+    assert nameless.pid not in servers
+
+
+def test_children_are_counted_with_their_parent(start: Start, server: str) -> None:
+    line(start("sh", "-c", "sleep 60 & sleep 60 & echo ready; wait", HEADROOM_SERVER=server))
+    assert count(Processes().read(), server) == 3
+
+
+def test_a_process_that_overwrote_its_environment_stays_and_its_children_are_found(start: Start, server: str) -> None:
+    process = start(sys.executable, "-c", OVERWRITE_ENVIRONMENT, HEADROOM_SERVER=server)
+    table = Processes()
+    table.scan()
+    write(process, "\n")
+    assert line(process) == "ready\n"
+    assert server.encode() not in Path(f"/proc/{process.pid}/environ").read_bytes()
+    table.scan()
+    assert list(table.servers().values()).count(server) == 2
+
+
+def test_a_process_that_vanished_after_the_scan_goes_away_and_its_cpu_stays(start: Start, server: str) -> None:
+    start("sleep", "60", HEADROOM_SERVER=server)
+    busy = start(sys.executable, "-c", "sum(range(3_000_000)); print(); input()", HEADROOM_SERVER=server)
+    line(busy)
+    table = Processes()
+    before = table.read()
+    assert count(before, server) == 2
+    busy.kill()
+    busy.wait()
+    after = table.read()
+    assert count(after, server) == 1
+    cpu = Series("host_cpu_seconds_total", server)
+    assert after[cpu] >= before[cpu] > 0
+    assert table.read_proportional()[Series("host_pss_bytes", server)] > 0
+
+
+def test_a_process_that_vanished_before_it_was_read_goes_away(start: Start, server: str) -> None:
+    process = start("sleep", "60", HEADROOM_SERVER=server)
+    table = Processes()
+    table.scan()
+    process.kill()
+    process.wait()
+    assert Series("host_pss_bytes", server) not in table.read_proportional()
+    assert count(table.read(), server) is None
+
+
+def test_a_dead_process_that_nobody_waited_for_is_not_counted(start: Start, server: str) -> None:
+    process = start("sleep", "60", HEADROOM_SERVER=server)
+    table = Processes()
+    assert count(table.read(), server) == 1
+    process.kill()
+    while psutil.Process(process.pid).status() != psutil.STATUS_ZOMBIE:
+        time.sleep(0.01)
+    assert count(table.read(), server) is None
+
+
+def test_a_new_process_is_in_the_readings_within_a_second(start: Start, server: str) -> None:
+    moment = Instant(0, 0)
+    table = Processes(clock=lambda: moment)
+    table.read()
+    start("sleep", "60", HEADROOM_SERVER=server)
+    moment = Instant(900_000_000, 0)
+    assert count(table.read(), server) == 1
+
+
+def test_between_scans_all_of_proc_is_left_alone(start: Start, server: str) -> None:
+    moment = Instant(0, 0)
+    table = Processes(clock=lambda: moment)
+    table.read()
+    start("sleep", "60", HEADROOM_SERVER=server)
+    moment = Instant(SCAN_EVERY_NS - 1, 0)
+    assert count(table.read(), server) is None
+
+
+def test_memory_and_cpu_agree_with_psutil(start: Start, server: str) -> None:
+    process = start(sys.executable, "-c", HOLD_50_MB, HEADROOM_SERVER=server)
+    line(process)
+    table = Processes()
+    readings = table.read() | table.read_proportional()
+    truth = psutil.Process(process.pid)
+    memory, cpu = truth.memory_full_info(), truth.cpu_times()
+    rss, pss = readings[Series("host_rss_bytes", server)], readings[Series("host_pss_bytes", server)]
+    assert 50e6 < pss < rss
+    assert rss == pytest.approx(memory.rss, rel=0.02)
+    assert pss == pytest.approx(memory.pss, rel=0.05)
+    assert readings[Series("host_cpu_seconds_total", server)] == pytest.approx(cpu.user + cpu.system, abs=0.05)
+
+
+@pytest.fixture
+def proc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A /proc with process 7 of server hf, for what real processes cannot be made to do."""
+    monkeypatch.setattr(processes, "PROC", tmp_path)
+    write_process(tmp_path, pid=7, started=1000, environ="HEADROOM_SERVER=hf\0")
+    return tmp_path
+
+
+def write_process(proc: Path, pid: int, started: int, environ: str) -> None:
+    folder = proc / str(pid)
+    folder.mkdir(exist_ok=True)
+    (folder / "environ").write_text(environ)
+    (folder / "stat").write_text(f"{pid} (a name) S) S 1 {'0 ' * 9}300 200 {'0 ' * 6}{started} 0 0")
+    (folder / "statm").write_text("90 10 0 0 0 0 0")
+    (folder / "smaps_rollup").write_text("Rss:      40 kB\nPss:      30 kB\nPss_Dirty:  20 kB\n")
+
+
+def test_a_name_with_parentheses_does_not_confuse_the_fields(proc: Path) -> None:
+    table = Processes()
+    assert (table.read() | table.read_proportional()) == {
+        Series("host_processes", "hf"): 1,
+        Series("host_rss_bytes", "hf"): 10 * os.sysconf("SC_PAGE_SIZE"),
+        Series("host_pss_bytes", "hf"): 30 * 1024,
+        Series("host_cpu_seconds_total", "hf"): 500 / os.sysconf("SC_CLK_TCK"),
+    }
+
+
+def test_another_process_with_the_pid_of_an_old_one_is_not_taken_for_it(proc: Path) -> None:
+    table = Processes()
+    assert count(table.read(), "hf") == 1
+    write_process(proc, pid=7, started=2000, environ="PATH=/bin\0")
+    assert table.read_proportional() == {}
+    assert count(table.read(), "hf") is None
+
+
+def test_an_unreadable_environment_is_skipped(proc: Path) -> None:
+    write_process(proc, pid=8, started=1000, environ="")
+    (proc / "8" / "environ").unlink()
+    (proc / "8" / "environ").mkdir()
+    table = Processes()
+    table.scan()
+    assert table.servers() == {7: "hf"}
+
+
+def test_proportional_memory_that_the_kernel_refuses_makes_the_sum_absent(proc: Path) -> None:
+    write_process(proc, pid=8, started=1000, environ="HEADROOM_SERVER=hf\0")
+    table = Processes()
+    assert count(table.read(), "hf") == 2
+    (proc / "8" / "smaps_rollup").unlink()
+    assert table.read_proportional() == {}
