@@ -21,6 +21,7 @@ class Options(BaseModel):
     max_context: int = Field(2048, ge=16, description="prompt + output tokens never exceed this")
     requests: int = Field(0, ge=0, description="measured requests to each server; 0: until stopped")
     warmup: int = Field(0, ge=0, description="requests sent before the measured ones and left out of statistics")
+    drain: int = Field(0, ge=0, description="requests sent after the measured ones, to keep the load up until they end")
     seed: int = Field(0, ge=0, description="the same seed gives the same requests")
     timeout: float = Field(600, gt=0, description="seconds until a request without its last token fails")
     hf_url: str = Field("http://127.0.0.1:8000", pattern="^https?://", description="the HF server")

@@ -17,6 +17,10 @@ ErrorKind = Literal[
 TokenSource = Literal["usage", "token_ids", "max_tokens", "unknown"]
 
 
+# Only `measured` requests enter statistics; the others bring the load up and keep it up until the measured have ended.
+Phase = Literal["warmup", "measured", "drain"]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
     """One request as the client saw it.
@@ -28,7 +32,7 @@ class Record:
 
     index: int
     target: str
-    warmup: bool
+    phase: Phase
     max_tokens: int
     sent_ns: int
     end_ns: int

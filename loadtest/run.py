@@ -13,7 +13,7 @@ import gevent
 
 from loadtest.client import Connection, Exchange
 from loadtest.options import Options
-from loadtest.records import Record, RecordWriter
+from loadtest.records import Phase, Record, RecordWriter
 from loadtest.tokens import read_stream
 from loadtest.workloads import WORKLOADS, Request
 
@@ -31,7 +31,7 @@ class Run:
         self.options = options
         self.path = Path(options.records) if options.records else _default_path()
         self._requests: dict[str, Iterator[Request]] = {t: WORKLOADS[options.workload](options) for t in targets}
-        self._total = options.warmup + options.requests if options.requests else None
+        self._total = options.warmup + options.requests + options.drain if options.requests else None
         self._ended: Counter[str] = Counter()
         self._on_end = on_end
         self._writer = RecordWriter(self.path)
@@ -49,9 +49,9 @@ class Run:
             exchange = connection.post("/v1/completions", request.body(model))
         except gevent.GreenletExit:
             exchange.error, exchange.error_detail, exchange.end_ns = "cancelled", "the run ended", time.monotonic_ns()
-            self._keep(make_record(target, request, exchange, self.options.warmup))
+            self._keep(make_record(target, request, exchange, self._phase(request)))
             raise
-        record = make_record(target, request, exchange, self.options.warmup)
+        record = make_record(target, request, exchange, self._phase(request))
         self._keep(record)
         return record
 
@@ -60,6 +60,12 @@ class Run:
         self._writer.close()
         summary = self._self_check.finish() | {"requests_ended": dict(self._ended)}
         self.path.with_name("client.json").write_text(json.dumps(summary, indent=2) + "\n")
+
+    def _phase(self, request: Request) -> Phase:
+        if request.index < self.options.warmup:
+            return "warmup"
+        measured_end = self.options.warmup + self.options.requests
+        return "drain" if self.options.requests and request.index >= measured_end else "measured"
 
     def _keep(self, record: Record) -> None:
         try:
@@ -72,12 +78,12 @@ class Run:
             self._on_end(None)
 
 
-def make_record(target: str, request: Request, exchange: Exchange, warmup: int) -> Record:
+def make_record(target: str, request: Request, exchange: Exchange, phase: Phase) -> Record:
     """Turn what came back into a record."""
     fields: dict[str, Any] = {
         "index": request.index,
         "target": target,
-        "warmup": request.index < warmup,
+        "phase": phase,
         "max_tokens": request.max_tokens,
         "sent_ns": exchange.sent_ns,
         "end_ns": exchange.end_ns,
@@ -101,10 +107,26 @@ def make_record(target: str, request: Request, exchange: Exchange, warmup: int) 
     return Record(**fields, **vars(output))
 
 
+def go_first() -> bool:
+    """Ask Linux to run this thread before others; False where it may not (root or CAP_SYS_NICE may).
+
+    vLLM's processes spin with sched_yield while they wait for each other. With few cores that delays a normal client by
+    hundreds of milliseconds, which would be reported as the server's latency.
+    """
+    if not hasattr(os, "sched_setscheduler"):
+        return False
+    try:
+        os.sched_setscheduler(0, os.SCHED_RR | os.SCHED_RESET_ON_FORK, os.sched_param(1))
+    except PermissionError:
+        return False
+    return True
+
+
 class SelfCheck:
     """Measures the client's own CPU share and the lag of its event loop."""
 
     def __init__(self) -> None:
+        self._goes_first = go_first()
         self._lags: list[float] = []
         self._started = time.monotonic()
         self._cpu = time.process_time()
@@ -124,6 +146,7 @@ class SelfCheck:
         return {
             "pid": os.getpid(),
             "wall_seconds": wall,
+            "goes_first": self._goes_first,
             "cpu_share": (time.process_time() - self._cpu) / wall,
             "loop_lag_p50_seconds": lags[len(lags) // 2],
             "loop_lag_p99_seconds": lags[int(len(lags) * 0.99)],

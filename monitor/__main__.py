@@ -17,7 +17,7 @@ from monitor import nvml
 from monitor.app import Monitor, make_app
 from monitor.collector import TimelineCollector
 from monitor.processes import Processes
-from monitor.sampler import Sampler, Task
+from monitor.sampler import Sampler, Task, samples
 from monitor.settings import VARIABLES, Settings, unknown_variables
 from monitor.timeline import Readings, Series, Timeline
 
@@ -70,7 +70,7 @@ def serve(settings: Settings, listener: socket.socket) -> None:
 
 
 def make_monitor(settings: Settings, devices: nvml.Devices) -> Monitor:
-    """Put the parts together: a sampler for the host and one for each GPU."""
+    """Put the parts together: a sampler for the host, one for its shared memory, and one for each GPU."""
     registry = CollectorRegistry()
     errors = Counter("headroom_monitor_nvml_errors", "NVML calls that failed", ["call"], registry=registry)
     for call in nvml.CALLS:
@@ -81,20 +81,17 @@ def make_monitor(settings: Settings, devices: nvml.Devices) -> Monitor:
     def read_gpu(device: nvml.Device) -> Readings:
         return nvml.read(device, processes.servers(), lambda call: errors.labels(call).inc())
 
-    tasks = [*host_tasks(processes), *(gpu_task(device.index, partial(read_gpu, device)) for device in devices.found)]
-    samplers = [Sampler(task, timeline, settings.hz) for task in tasks]
+    tasks = [host_task(processes), *(gpu_task(device.index, partial(read_gpu, device)) for device in devices.found)]
+    samplers = [Sampler(task.name, samples(task, timeline, settings.hz)) for task in tasks]
+    samplers.append(Sampler("shared", processes.read_shared(settings.max_cpu)))
     TimelineCollector(timeline, devices.found, registry)
     return Monitor(timeline, samplers, devices, registry, settings.hz)
 
 
-def host_tasks(processes: Processes) -> list[Task]:
+def host_task(processes: Processes) -> Task:
     """Name what is sampled on every machine; the monitor's CPU counts all of it, its HTTP server included."""
     lateness, cpu = Series("monitor_sample_lateness_seconds"), Series("monitor_cpu_seconds_total")
-    pss_lateness, pss_cpu = Series("monitor_pss_lateness_seconds"), Series("monitor_pss_cpu_seconds_total")
-    return [
-        Task("host", processes.read, lateness, cpu, cpu_clock=time.process_time),
-        Task("pss", processes.read_proportional, pss_lateness, pss_cpu),
-    ]
+    return Task("host", processes.read, lateness, cpu, cpu_clock=time.process_time)
 
 
 def gpu_task(gpu: int, read: Callable[[], Readings]) -> Task:

@@ -12,6 +12,7 @@ from monitor.timeline import Series, Timeline
 METRICS = [
     ("host_rss_bytes", "Resident memory of the server's processes", ("server",)),
     ("host_pss_bytes", "Memory of the server's processes, shared pages divided by their users", ("server",)),
+    ("host_pss_age_seconds", "Age of the oldest count of shared pages in host_pss_bytes", ("server",)),
     ("host_cpu_seconds_total", "CPU time of the server's processes", ("server",)),
     ("host_processes", "Processes of the server", ("server",)),
     ("gpu_memory_used_bytes", "Device memory in use, without the driver's reserve", ("gpu",)),
@@ -23,9 +24,7 @@ METRICS = [
     ("gpu_power_watts", "Power drawn", ("gpu",)),
     ("monitor_cpu_seconds_total", "CPU time of the monitor, all threads", ()),
     ("monitor_gpu_cpu_seconds_total", "CPU time of the thread that samples the GPU", ("gpu",)),
-    ("monitor_pss_cpu_seconds_total", "CPU time of the thread that samples proportional memory", ()),
     ("monitor_sample_lateness_seconds", "How late the last sample of the GPU, or of the host, began", ("gpu",)),
-    ("monitor_pss_lateness_seconds", "How late the last sample of proportional memory began", ()),
 ]
 
 

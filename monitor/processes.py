@@ -1,14 +1,15 @@
 """Which processes belong to which server, and the memory and CPU that they use, from /proc.
 
 Source: proc(5). To read smaps_rollup the kernel walks the process's page tables, some 11 ms for each GiB resident in
-4 KiB pages. That is by far the dearest reading, so it has a thread of its own and delays no other.
+4 KiB pages. That is by far the dearest reading, so it has a thread of its own that delays no other, and a budget.
 """
 
 import os
 import re
+import time
 from collections import defaultdict
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from monitor.timeline import Clock, Readings, Series, now
@@ -18,6 +19,8 @@ CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 # Less than a second by two samples at 10 Hz, so that a new process is in the readings within a second.
 SCAN_EVERY_NS = 800_000_000
+# Seconds between readings of shared memory, however cheap they are.
+LEAST_WAIT = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,13 +32,22 @@ class Stat:
     started: int
 
 
+@dataclass(slots=True)
+class Shared:
+    """RSS - PSS of a process (bytes), None if it was refused or never read, and when that was last tried (ns)."""
+
+    time_ns: int = -1
+    size: int | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class Member:
-    """A process of a server, with the CPU seconds it had used when last seen."""
+    """A process of a server, with the CPU seconds it had used when last seen and its shared memory when last read."""
 
     server: str
     started: int
     cpu_seconds: float
+    shared: Shared = field(default_factory=Shared)
 
 
 class Processes:
@@ -52,7 +64,7 @@ class Processes:
         return {pid: member.server for pid, member in self._members.items()}
 
     def read(self) -> Readings:
-        """Read count, resident memory (bytes) and CPU (seconds) of each server that runs; scan first if it is time.
+        """Read count, memory (bytes) and CPU (seconds) of each server that runs; scan first if it is time.
 
         CPU seconds keep what exited processes had used when they were last seen. Before Linux 6.17 the kernel's
         count of resident pages may be off by some MiB on machines with many cores.
@@ -62,34 +74,64 @@ class Processes:
             self._next_scan_ns = time_ns + SCAN_EVERY_NS
             self.scan()
         running: dict[int, Member] = {}
+        resident_bytes: dict[int, int] = {}
         readings: Readings = defaultdict(float)
         for pid, member in self._members.items():
             stat, resident = _stat(pid), _resident_bytes(pid)
             if stat is None or stat.started != member.started or resident is None:
                 continue
             running[pid] = replace(member, cpu_seconds=stat.cpu_seconds)
+            resident_bytes[pid] = resident
             readings[Series("host_processes", member.server)] += 1
             readings[Series("host_rss_bytes", member.server)] += resident
             readings[Series("host_cpu_seconds_total", member.server)] += stat.cpu_seconds
         self._follow(running)
         for server in set(self.servers().values()):
             readings[Series("host_cpu_seconds_total", server)] += self._exited_cpu[server]
-        return readings
+        return readings | self._proportional(resident_bytes)
 
-    def read_proportional(self) -> Readings:
-        """Read the proportional memory (bytes) of each server; absent when the kernel refuses it for a process."""
+    def read_shared(self, max_cpu: float, cpu_clock: Callable[[], float] = time.thread_time) -> Iterator[float]:
+        """Read the shared memory of one process after another, new ones first, then the one read longest ago.
+
+        Yields the seconds to wait before the next, such that all this takes at most `max_cpu` of one core.
+        """
+        before = cpu_clock()
+        while True:
+            if members := self._members:
+                pid = min(members, key=lambda pid: members[pid].shared.time_ns)
+                shared = members[pid].shared
+                shared.time_ns, shared.size = self._clock().time_ns, _shared_bytes(pid)
+            after = cpu_clock()
+            yield max(LEAST_WAIT, (after - before) * (1 / max_cpu - 1))
+            before = after
+
+    def _proportional(self, resident_bytes: Mapping[int, int]) -> Readings:
+        """Estimate the PSS (bytes) of each server, and tell the age (seconds) of the oldest reading behind it.
+
+        PSS is RSS less the part of shared pages that counts elsewhere. RSS is of this moment and as exact as `read`
+        says. The other part was exact when it was read; as that is dear, it may be as old as the age says. It changes
+        slowly, while what a server allocates is private and in RSS at once. Until the next reading the estimate misses
+        sharing that begins or ends: a fork, the exit of a process that shared, a library that others have loaded too.
+        Absent until each process has been read once, and while the kernel refuses that for one.
+        """
         readings: Readings = defaultdict(float)
-        refused = set()
-        for pid, member in self._members.items():
-            proportional = _proportional_bytes(pid)
-            stat = _stat(pid)
-            if stat is None or stat.started != member.started:
+        oldest_ns: dict[str, int] = {}
+        unknown = set()
+        for pid, resident in resident_bytes.items():
+            server, shared = self._members[pid].server, self._members[pid].shared
+            # Each is read only once, because `read_shared` may change them at any moment.
+            size, time_ns = shared.size, shared.time_ns
+            if size is None:
+                unknown.add(server)
                 continue
-            if proportional is None:
-                refused.add(member.server)
-            else:
-                readings[Series("host_pss_bytes", member.server)] += proportional
-        return {series: value for series, value in readings.items() if series.server not in refused}
+            # A process that has freed shared pages since would come out below 0.
+            readings[Series("host_pss_bytes", server)] += max(0, resident - size)
+            oldest_ns[server] = min(time_ns, oldest_ns.get(server, time_ns))
+        # After all else, because a reading may be newer than the start of this tick.
+        now_ns = self._clock().time_ns
+        for server, oldest in oldest_ns.items():
+            readings[Series("host_pss_age_seconds", server)] = (now_ns - oldest) / 1e9
+        return {series: value for series, value in readings.items() if series.server not in unknown}
 
     def scan(self) -> None:
         """Look through all of /proc for processes of servers."""
@@ -98,24 +140,20 @@ class Processes:
         for stat, pid, name in sorted(self._sightings(), key=lambda sighting: (sighting[0].started, sighting[1])):
             known = self._members.get(pid)
             if known and known.started == stat.started:
-                name = name or known.server
-            elif stat.parent in found:
-                name = name or found[stat.parent].server
-            if name:
-                found[pid] = Member(name, stat.started, stat.cpu_seconds)
+                found[pid] = replace(known, server=name or known.server, cpu_seconds=stat.cpu_seconds)
+            elif name or stat.parent in found:
+                found[pid] = Member(name or found[stat.parent].server, stat.started, stat.cpu_seconds)
         self._follow(found)
 
     def _sightings(self) -> Iterator[tuple[Stat, int, str | None]]:
-        """Yield the processes that name their server, and those that cannot tell.
+        """Yield every process with the server that its environment names.
 
-        A process that sets its own title (vLLM's do) overwrites its environment, so it goes by what it was before or
-        by its parent. Kernel threads and processes of other users show nothing at all and are skipped.
+        A process that sets its own title (vLLM's do) overwrites a part of its environment, and that of other users'
+        processes may not be read: such a process goes by what it was before or by its parent.
         """
         for pid in _pids():
-            environ = _read(pid, "environ") or b""
-            name = _server_named(environ)
-            overwritten = b"=" not in environ and (environ or pid in self._members)
-            if (name or overwritten) and (stat := _stat(pid)):
+            name = _server_named(_read(pid, "environ") or b"")
+            if stat := _stat(pid):
                 yield stat, pid, name
 
     def _follow(self, members: dict[int, Member]) -> None:
@@ -160,6 +198,6 @@ def _resident_bytes(pid: int) -> int | None:
     return int(pages[1]) * PAGE_BYTES if pages else None
 
 
-def _proportional_bytes(pid: int) -> int | None:
-    match = re.search(rb"^Pss: +(\d+) kB$", _read(pid, "smaps_rollup") or b"", re.MULTILINE)
-    return int(match[1]) * 1024 if match else None
+def _shared_bytes(pid: int) -> int | None:
+    kib = dict(re.findall(rb"^(Rss|Pss): +(\d+) kB$", _read(pid, "smaps_rollup") or b"", re.MULTILINE))
+    return (int(kib[b"Rss"]) - int(kib[b"Pss"])) * 1024 if kib else None

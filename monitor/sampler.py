@@ -1,8 +1,8 @@
-"""A thread that takes readings on an absolute schedule and measures what that costs."""
+"""Readings on an absolute schedule, with what they cost, and the thread that takes them."""
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from monitor.timeline import Clock, Readings, Series, Timeline, now
@@ -20,20 +20,17 @@ class Task:
 
 
 class Sampler:
-    """Appends what its task reads to the timeline, `hz` times a second.
+    """A thread that takes a step, waits as many seconds as it yields, and so on.
 
     Everything that can block has a sampler of its own, so that a GPU that hangs or a dear reading of /proc delays no
     other.
     """
 
-    def __init__(self, task: Task, timeline: Timeline, hz: int, clock: Clock = now) -> None:
-        self._task = task
-        self._timeline = timeline
-        self._period_ns = 1_000_000_000 // hz
-        self._clock = clock
+    def __init__(self, name: str, steps: Iterator[float]) -> None:
+        self._steps = steps
         self._stopping = threading.Event()
         # A daemon, because a thread stuck in the driver must not keep the program alive.
-        self._thread = threading.Thread(target=self._run, name=task.name, daemon=True)
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     def start(self) -> None:
         """Begin to sample; can be called once."""
@@ -48,19 +45,24 @@ class Sampler:
         """Tell whether samples are being taken."""
         return self._thread.is_alive()
 
-    def tick(self, lateness_ns: int) -> None:
-        """Take one sample."""
-        readings = self._task.read()
-        readings[self._task.lateness] = lateness_ns / 1e9
-        readings[self._task.cpu] = self._task.cpu_clock()
-        self._timeline.append(self._task.name, readings)
-
     def _run(self) -> None:
-        start_ns = due_ns = self._clock().time_ns
-        while not self._stopping.wait((due_ns - self._clock().time_ns) / 1e9):
-            time_ns = self._clock().time_ns
-            self.tick(time_ns - due_ns)
-            due_ns = next_due(start_ns, self._period_ns, time_ns)
+        for seconds in self._steps:
+            if self._stopping.wait(min(seconds, threading.TIMEOUT_MAX)):
+                return
+
+
+def samples(task: Task, timeline: Timeline, hz: int, clock: Clock = now) -> Iterator[float]:
+    """Append what the task reads to the timeline, `hz` times a second; yield the seconds until the next time."""
+    period_ns = 1_000_000_000 // hz
+    start_ns = due_ns = clock().time_ns
+    while True:
+        time_ns = clock().time_ns
+        readings = task.read()
+        readings[task.lateness] = (time_ns - due_ns) / 1e9
+        readings[task.cpu] = task.cpu_clock()
+        timeline.append(task.name, readings)
+        due_ns = next_due(start_ns, period_ns, time_ns)
+        yield (due_ns - clock().time_ns) / 1e9
 
 
 def next_due(start_ns: int, period_ns: int, time_ns: int) -> int:

@@ -17,6 +17,7 @@ class Settings(BaseSettings):
     port: int = Field(9400, ge=0, le=65535, description="port to listen on; 0 takes any free one")
     hz: int = Field(10, ge=1, le=100, description="samples a second")
     minutes: int = Field(30, ge=1, le=1440, description="how long samples are kept")
+    max_cpu: float = Field(0.02, gt=0, le=1, description="share of a core that reading shared memory (PSS) may take")
 
 
 VARIABLES = [PREFIX + field.upper() for field in Settings.model_fields]

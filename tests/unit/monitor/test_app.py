@@ -12,7 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from monitor.app import Monitor, make_app
 from monitor.collector import TimelineCollector
 from monitor.nvml import Devices
-from monitor.sampler import Sampler, Task
+from monitor.sampler import Sampler, Task, samples
 from monitor.timeline import SCHEMA, Readings, Series, Timeline
 
 LATENESS, CPU = Series("monitor_sample_lateness_seconds"), Series("monitor_cpu_seconds_total")
@@ -22,7 +22,7 @@ RSS = Series("host_rss_bytes", "hf")
 def make_monitor(read: Callable[[], Readings]) -> Monitor:
     timeline, registry = Timeline(1000), CollectorRegistry()
     TimelineCollector(timeline, [], registry)
-    samplers = [Sampler(Task("host", read, LATENESS, CPU), timeline, hz=50)]
+    samplers = [Sampler("host", samples(Task("host", read, LATENESS, CPU), timeline, hz=50))]
     return Monitor(timeline, samplers, Devices([], "none here"), registry, hz=50)
 
 

@@ -15,7 +15,8 @@ DEVICE = Device(1, "GPU-1234", "NVIDIA H200", handle=None, nvml=None)
 def registry() -> CollectorRegistry:
     timeline = Timeline(10, clock=lambda: Instant(1, 1_500_000_000))
     timeline.append("host", {Series("host_rss_bytes", "hf"): 100.0, Series("host_cpu_seconds_total", "hf"): 4.5})
-    timeline.append("host", {Series("host_rss_bytes", "hf"): 200.0, Series("monitor_sample_lateness_seconds"): 0.25})
+    newest = {Series("host_rss_bytes", "hf"): 200.0, Series("host_pss_age_seconds", "hf"): 1.5}
+    timeline.append("host", newest | {Series("monitor_sample_lateness_seconds"): 0.25})
     timeline.append("gpu1", {Series("gpu_process_memory_bytes", "hf", 1): 300.0})
     registry = CollectorRegistry()
     TimelineCollector(timeline, [DEVICE], registry)
@@ -26,6 +27,7 @@ def registry() -> CollectorRegistry:
     ("name", "labels", "value"),
     [
         ("headroom_host_rss_bytes", {"server": "hf"}, 200.0),
+        ("headroom_host_pss_age_seconds", {"server": "hf"}, 1.5),
         ("headroom_host_cpu_seconds_total", {"server": "hf"}, None),
         ("headroom_gpu_process_memory_bytes", {"server": "hf", "gpu": "1"}, 300.0),
         ("headroom_monitor_sample_lateness_seconds", {"gpu": ""}, 0.25),

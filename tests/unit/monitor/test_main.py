@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,7 @@ def start(*options: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "monitor", *options],
         cwd=ROOT,
+        env=os.environ | {"HEADROOM_SERVER": "itself"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -49,9 +51,21 @@ def test_the_program_says_what_it_watches_answers_and_ends_cleanly(running: list
         assert health["hz"] == 20
         assert ("no GPU" in text) == (health["gpus"] == 0)
         assert (health["gpu_reason"] or "") in text
+        assert shows(f"{url}/metrics", 'headroom_host_pss_bytes{server="itself"}')
         process.send_signal(ending)
         assert process.communicate(timeout=5) == ("", "")
         assert process.returncode == 0
+
+
+def shows(url: str, text: str) -> bool:
+    """Ask until the text is in the answer, for 2 seconds at most."""
+    end = time.monotonic() + 2
+    while time.monotonic() < end:
+        with urllib.request.urlopen(url) as response:  # noqa: S310 - our own address
+            if text in response.read().decode():
+                return True
+        time.sleep(0.02)
+    return False
 
 
 @pytest.fixture(scope="module")
@@ -87,9 +101,10 @@ def test_an_address_that_is_not_ours_is_named_in_one_line(capsys: pytest.Capture
 
 
 def test_each_bad_value_is_named_on_its_line(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--hz", "0", "--port", "70000", "--minutes", "x"]) == 2
+    assert main(["--hz", "0", "--port", "70000", "--minutes", "x", "--max-cpu", "0"]) == 2
     assert sorted(capsys.readouterr().err.splitlines()) == [
         "monitor: --hz: 0: Input should be greater than or equal to 1",
+        "monitor: --max-cpu: 0: Input should be greater than 0",
         "monitor: --minutes: x: Input should be a valid integer, unable to parse string as an integer",
         "monitor: --port: 70000: Input should be less than or equal to 65535",
     ]

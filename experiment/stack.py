@@ -1,0 +1,180 @@
+"""The servers and the monitor as processes of this machine: start, watch, stop, leave nothing behind."""
+
+import ctypes
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from experiment.plan import Plan
+
+TAIL_LINES = 12
+STOP_SECONDS = 30
+PR_SET_PDEATHSIG = 1
+
+
+class RunError(Exception):
+    """The run cannot go on; the message says why and what to do."""
+
+
+@dataclass
+class Program:
+    """One process that was started; its output goes to `log`."""
+
+    name: str
+    process: subprocess.Popen[bytes]
+    log: Path
+    url: str
+
+    def check(self) -> None:
+        """Raise RunError with the end of the log when the process has ended."""
+        code = self.process.poll()
+        if code is not None:
+            how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
+            raise RunError(f"{self.name} {how}. The end of {self.log}:\n{self.tail()}")
+
+    def tail(self) -> str:
+        """The last lines of its log, indented."""
+        lines = self.log.read_text(errors="replace").splitlines()[-TAIL_LINES:]
+        return "\n".join(f"  {line}" for line in lines)
+
+
+class Stack:
+    """The three programs that a comparison talks to; a context manager that stops them at its end."""
+
+    def __init__(self, plan: Plan, logs: Path, say: Callable[[str], None]):
+        self._plan = plan
+        self._logs = logs
+        self._say = say
+        self.programs: dict[str, Program] = {}
+
+    def __enter__(self) -> "Stack":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """Start everything and wait until it is healthy; raises RunError when a program does not come up."""
+        plan = self._plan
+        started = time.monotonic()
+        ports = ports_of(plan)
+        common = ["--model", plan.model, "--dtype", plan.dtype]
+        if plan.max_model_len:
+            common += ["--max-model-len", str(plan.max_model_len)]
+        arguments = {
+            "monitor": ["-m", "monitor", "--port", str(plan.monitor_port)],
+            "hf": ["-m", "servers.hf", "--port", str(plan.hf_port), *common, *shlex.split(plan.hf_args)],
+            "vllm": ["-m", "servers.vllm", "--port", str(plan.vllm_port), *common, *shlex.split(plan.vllm_args)],
+        }
+        for name, given in arguments.items():
+            environment = {"HEADROOM_SERVER": name} if name != "monitor" else {}
+            if plan.model.startswith("random:"):
+                environment["HF_HUB_OFFLINE"] = "1"
+            log = self._logs / f"{name}.log"
+            process = spawn([sys.executable, *given], log, environment)
+            self.programs[name] = Program(name, process, log, f"http://127.0.0.1:{ports[name]}")
+        for program in self.programs.values():
+            self._wait_until_healthy(program, started)
+
+    def check(self) -> None:
+        """Raise RunError when a program has ended."""
+        for program in self.programs.values():
+            program.check()
+
+    def require_healthy(self, name: str) -> None:
+        """Raise RunError unless the program runs and says that it is healthy; one that is dying gets 5 s to end."""
+        program = self.programs[name]
+        deadline = time.monotonic() + 5
+        while time.monotonic() < deadline:
+            program.check()
+            if get(program.url + "/health"):
+                return
+            time.sleep(0.2)
+        raise RunError(f"{name} does not answer at {program.url}/health. The end of {program.log}:\n{program.tail()}")
+
+    def stop(self) -> None:
+        """End all programs, at the latest by force; a second Ctrl-C does not get in between."""
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        for program in self.programs.values():
+            if program.process.poll() is None:
+                program.process.terminate()
+        deadline = time.monotonic() + STOP_SECONDS
+        for program in self.programs.values():
+            end(program.process, deadline - time.monotonic())
+        signal.signal(signal.SIGINT, before)
+
+    def _wait_until_healthy(self, program: Program, started: float) -> None:
+        said = started
+        while get(program.url + "/health") is None:
+            self.check()
+            now = time.monotonic()
+            if now - started > self._plan.start_seconds:
+                raise RunError(
+                    f"{program.name} was not healthy after --start-seconds {self._plan.start_seconds:g}. "
+                    f"The end of {program.log}:\n{program.tail()}"
+                )
+            if now - said > 10:
+                said = now
+                self._say(f"waiting for {program.name}, {now - started:.0f} s so far")
+            time.sleep(0.2)
+        self._say(f"{program.name} is ready at {program.url} after {time.monotonic() - started:.0f} s")
+
+
+def spawn(command: list[str], log: Path, environment: dict[str, str]) -> subprocess.Popen[bytes]:
+    """Start a process in a session of its own, so that Ctrl-C reaches it through us; it ends when we are killed."""
+    with log.open("wb") as output:
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "PYTHONUNBUFFERED": "1", **environment},
+            start_new_session=True,
+            preexec_fn=_die_with_parent if sys.platform == "linux" else None,
+        )
+
+
+def end(process: subprocess.Popen[bytes], seconds: float) -> None:
+    """Wait for a process that was told to end, then kill it."""
+    try:
+        process.wait(max(0.0, seconds))
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def get(url: str, timeout_seconds: float = 5) -> bytes | None:
+    """Body of a GET, or None when there is no good answer."""
+    try:
+        with urllib.request.urlopen(url, timeout=timeout_seconds) as response:  # noqa: S310 - our own programs
+            return bytes(response.read())
+    except OSError:
+        return None
+
+
+def ports_of(plan: Plan) -> dict[str, int]:
+    """Port of each program."""
+    return {"hf": plan.hf_port, "vllm": plan.vllm_port, "monitor": plan.monitor_port}
+
+
+def require_free(name: str, port: int) -> None:
+    """Raise RunError when a port is taken."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            reason = os.strerror(error.errno or 0).lower()
+            raise RunError(f"--{name}-port: {port}: {reason}; end the program there or choose another port") from None
+
+
+def _die_with_parent() -> None:
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

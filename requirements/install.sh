@@ -1,0 +1,23 @@
+#!/bin/sh
+# Install the pinned requirements into the environment of $PYTHON: install.sh cpu|gpu
+set -eu
+cd "$(dirname "$0")/.."
+pip() { "$PYTHON" -m pip --quiet --disable-pip-version-check "$@"; }
+
+case $1 in
+cpu)
+    # By itself and first, so that nothing else brings a CUDA build of torch along.
+    if ! pip install torch==2.13.0+cpu; then
+        echo "torch 2.13.0+cpu is not in the package indexes that pip knows. PyTorch publishes it in an index of its" >&2
+        echo "own for CPU builds: see 'Get started' on pytorch.org, set PIP_EXTRA_INDEX_URL to it and run make again." >&2
+        exit 1
+    fi
+    pip install --no-deps -r requirements/cpu.txt
+    ;;
+gpu) pip install --no-deps -r requirements/gpu.txt ;;
+*)
+    echo "DEVICE: '$1': expected cpu or gpu" >&2
+    exit 2
+    ;;
+esac
+pip install --no-deps --no-build-isolation --editable .

@@ -1,0 +1,79 @@
+"""Starts the real programs as a user does."""
+
+import contextlib
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from experiment.plan import Plan
+
+
+def free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as open_sockets:
+        sockets = [open_sockets.enter_context(socket.socket()) for _ in range(count)]
+        for sock in sockets:
+            sock.bind(("127.0.0.1", 0))
+        return [sock.getsockname()[1] for sock in sockets]
+
+
+def make_plan(out: Path, **options: Any) -> Plan:
+    hf, vllm, monitor = free_ports(3)
+    small = {"concurrency": [1, 3], "min_requests": 6, "requests_per_user": 2, "output_mean": 12, "repeats": 1}
+    return Plan(hf_port=hf, vllm_port=vllm, monitor_port=monitor, out=str(out), **(small | options))
+
+
+class Compare:
+    """`headroom compare` as a process of its own, as a user runs it."""
+
+    def __init__(self, out: Path, **options: Any):
+        self.out = out
+        # Eager: a start takes half the time, and these tests are not about speed.
+        plan = make_plan(out, vllm_args="-- --enforce-eager", **options)
+        flags = [f"--{name.replace('_', '-')}={_text(value)}" for name, value in plan if value is not None]
+        # A session of its own, so that a signal to its group is what Ctrl-C sends and does not reach the tests.
+        self.process = subprocess.Popen(
+            [str(Path(sys.executable).with_name("headroom")), "compare", *flags],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        self.seen: list[psutil.Process] = []
+
+    @property
+    def folder(self) -> Path:
+        return next(self.out.iterdir())
+
+    def wait_for_records(self, target: str) -> None:
+        """Wait until a cell of the target has its first record."""
+        deadline = time.monotonic() + 240
+        while time.monotonic() < deadline:
+            assert self.process.poll() is None, self.process.communicate()[0]
+            if any(path.stat().st_size for path in self.out.glob(f"*/cells/*-{target}-*/records.jsonl")):
+                self.seen = psutil.Process(self.process.pid).children(recursive=True)
+                return
+            time.sleep(0.05)
+        raise AssertionError(f"no record of {target} within 240 s")
+
+    def find(self, *words: str) -> psutil.Process:
+        """The process whose command line holds all the words."""
+        return next(p for p in self.seen if all(word in " ".join(p.cmdline()) for word in words))
+
+    def finish(self, seconds: float = 240) -> tuple[int, str]:
+        """Wait for the end; returns exit code and output."""
+        output, _ = self.process.communicate(timeout=seconds)
+        return self.process.returncode, output
+
+    def left_behind(self) -> list[str]:
+        """Processes that outlived the run by more than 3 seconds."""
+        _, alive = psutil.wait_procs(self.seen, timeout=3)
+        return [" ".join(process.cmdline()) for process in alive if process.status() != psutil.STATUS_ZOMBIE]
+
+
+def _text(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)

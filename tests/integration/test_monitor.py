@@ -1,0 +1,39 @@
+"""The monitor beside the real servers."""
+
+import time
+
+import psutil
+import pyarrow as pa
+import pytest
+
+from experiment.stack import Stack, get
+
+
+def samples(stack: Stack, seconds: float) -> pa.Table:
+    since = time.monotonic_ns()
+    time.sleep(seconds)
+    body = get(f"{stack.programs['monitor'].url}/timeline?since_ns={since}&until_ns={time.monotonic_ns()}")
+    assert body is not None
+    return pa.ipc.open_stream(body).read_all()
+
+
+@pytest.mark.parametrize("metric", ["host_rss_bytes", "host_pss_bytes", "host_cpu_seconds_total"])
+def test_each_server_is_sampled_ten_times_a_second(stack: Stack, metric: str) -> None:
+    rows = [row for row in samples(stack, 3).to_pylist() if row["metric"] == metric]
+    for server in ("hf", "vllm"):
+        assert 27 <= len([row for row in rows if row["server"] == server]) <= 33
+
+
+def test_memory_of_a_server_is_that_of_all_its_processes(stack: Stack) -> None:
+    launcher = psutil.Process(stack.programs["vllm"].process.pid)
+    family = [launcher, *launcher.children(recursive=True)]
+    assert len(family) >= 3  # the launcher, vLLM's API server and its engine
+    expected = sum(process.memory_info().rss for process in family)
+    rows = [r for r in samples(stack, 1).to_pylist() if r["metric"] == "host_rss_bytes" and r["server"] == "vllm"]
+    assert rows[-1]["value"] == pytest.approx(expected, rel=0.05)
+
+
+def test_metrics_name_both_servers(stack: Stack) -> None:
+    text = (get(stack.programs["monitor"].url + "/metrics") or b"").decode()
+    for server in ("hf", "vllm"):
+        assert f'headroom_host_rss_bytes{{server="{server}"}}' in text

@@ -1,0 +1,283 @@
+"""Locust as a program, as a user starts it: all programs of this file run at once, against one small server."""
+
+import json
+import os
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loadtest.records import Record, read
+
+ROOT = Path(__file__).parents[3]
+TOKENS = 3
+STREAM = (
+    "".join(
+        f'data: {{"choices":[{{"text":"a","finish_reason":{json.dumps("length" if n == TOKENS else None)}}}],'
+        f'"usage":{{"prompt_tokens":3,"completion_tokens":{n}}}}}\n\n'
+        for n in range(1, TOKENS + 1)
+    )
+    + "data: [DONE]\n\n"
+).encode()
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Serves one model, whose completions under /stalled end only with the server."""
+
+    protocol_version = "HTTP/1.1"
+    asked: list[dict[str, Any]]
+    stalled: threading.Semaphore
+    over: threading.Event
+
+    def do_GET(self) -> None:
+        self._answer("application/json", b'{"data": [{"id": "first"}, {"id": "second"}]}')
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.path.startswith("/stalled"):
+            self.stalled.release()
+            self.over.wait(30)
+            return
+        self.asked.append(body)
+        self._answer("text/event-stream", STREAM)
+
+    def _answer(self, kind: str, body: bytes) -> None:
+        self.send_response(200)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+def limit_file_size() -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
+class Programs:
+    """Locust processes by name, each in a folder of its own."""
+
+    def __init__(self, folder: Path, url: str, stack: ExitStack):
+        self.folder, self._url, self._stack = folder, url, stack
+        self._processes: dict[str, subprocess.Popen[str]] = {}
+
+    def start(self, name: str, arguments: str, preexec: Callable[[], None] | None = None) -> None:
+        (self.folder / name).mkdir()
+        ours = {key: value for key, value in os.environ.items() if not key.startswith(("HEADROOM_", "LOCUST_"))}
+        locustfile = str(ROOT / "loadtest" / "locustfile.py")
+        process = subprocess.Popen(
+            [
+                sys.executable,
+                "-m",
+                "locust",
+                "-f",
+                locustfile,
+                "--hf-url",
+                self._url,
+                "--only-summary",
+                *arguments.split(),
+            ],
+            cwd=self.folder / name,
+            env={**ours, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            preexec_fn=preexec,
+        )
+        self._stack.callback(self._end, process)
+        self._processes[name] = process
+
+    @staticmethod
+    def _end(process: subprocess.Popen[str]) -> None:
+        process.kill()
+        process.communicate()
+
+    def ended(self, name: str) -> tuple[int, list[str], str]:
+        """Return the exit code, the lines that we printed on standard error, and all of standard error."""
+        process = self._processes[name]
+        _, errors = process.communicate(timeout=30)
+        return process.returncode, [line for line in errors.splitlines() if line.startswith("loadtest: ")], errors
+
+    def stop(self, name: str) -> None:
+        self._processes[name].send_signal(signal.SIGTERM)
+
+    def records(self, name: str) -> list[Record]:
+        return list(read(self.folder / name / "records.jsonl"))
+
+
+@pytest.fixture(scope="module")
+def asked() -> list[dict[str, Any]]:
+    """The bodies that the server was sent."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def url(asked: list[dict[str, Any]]) -> Iterator[str]:
+    Handler.asked, Handler.stalled, Handler.over = asked, threading.Semaphore(0), threading.Event()
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.daemon_threads = True
+        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        Handler.over.set()
+        server.shutdown()
+        thread.join(5)
+
+
+@pytest.fixture(scope="module")
+def web_port() -> int:
+    return free_port()
+
+
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory: pytest.TempPathFactory, url: str, web_port: int) -> Iterator[Programs]:
+    folder = tmp_path_factory.mktemp("locust")
+    taken = folder / "taken.jsonl"
+    taken.write_text("not ours\n")
+    run = "--headless --records records.jsonl HF"
+    with ExitStack() as stack:
+        started = Programs(folder, url, stack)
+        started.start("web", f"--hf-url http://127.0.0.1:{free_port()} --web-port {web_port}")
+        started.start("bad option", f"{run} --input-mean 0")
+        started.start("too long", f"{run} --input-mean 5000 --run-time 1s")
+        started.start("existing", f"{run} --records ../taken.jsonl")
+        started.start("master", f"{run} --master --master-bind-port {free_port()}")
+        started.start("whole", f"{run} --users 2 --spawn-rate 9 --warmup 2 --requests 5")
+        started.start("stalled", f"{run} --hf-url {url}/stalled --users 2 --spawn-rate 9")
+        started.start("full disk", f"{run} --requests 50", preexec=limit_file_size)
+        yield started
+
+
+def test_a_bad_option_ends_it_with_2_and_one_line(programs: Programs) -> None:
+    code, lines, errors = programs.ended("bad option")
+    assert code == 2
+    assert lines == ["loadtest: input_mean: 0.0: Input should be greater than or equal to 1"]
+    assert "Traceback" not in errors
+
+
+def test_lengths_that_do_not_fit_end_it_with_2_and_one_line_before_anything_is_sent(programs: Programs) -> None:
+    code, lines, errors = programs.ended("too long")
+    assert "Traceback" not in errors
+    assert code == 2
+    assert len(lines) == 1
+    assert "5000" in lines[0]
+    assert "max_context" in lines[0]
+
+
+def test_an_existing_file_of_records_ends_it_with_3_and_is_left_as_it_was(programs: Programs) -> None:
+    code, lines, errors = programs.ended("existing")
+    assert code == 3
+    assert len(lines) == 1
+    assert "taken.jsonl" in lines[0]
+    assert "Traceback" not in errors
+    assert (programs.folder / "taken.jsonl").read_text() == "not ours\n"
+
+
+def test_several_processes_are_refused(programs: Programs) -> None:
+    code, lines, errors = programs.ended("master")
+    assert code == 2
+    assert lines == ["loadtest: runs on one process for now: leave out --master, --worker and --processes"]
+    assert "Traceback" not in errors
+
+
+def test_a_whole_run_keeps_every_record_and_ends_by_itself(programs: Programs, asked: list[dict[str, Any]]) -> None:
+    code, _, errors = programs.ended("whole")
+    assert (code, "Traceback" in errors) == (0, False)
+    records = programs.records("whole")
+    assert sorted(record.index for record in records) == list(range(7))
+    assert sorted(record.phase for record in records) == ["measured"] * 5 + ["warmup"] * 2
+    assert {(record.error, record.output_tokens, record.target) for record in records} == {(None, TOKENS, "hf")}
+    assert {body["model"] for body in asked} == {"first"}
+    summary = json.loads((programs.folder / "whole" / "client.json").read_text())
+    assert summary["requests_ended"] == {"hf": 7}
+
+
+def test_requests_that_wait_when_the_run_ends_are_records_too(programs: Programs) -> None:
+    assert all(Handler.stalled.acquire(timeout=20) for _ in range(2))
+    programs.stop("stalled")
+    _, _, errors = programs.ended("stalled")
+    assert "Traceback" not in errors
+    records = programs.records("stalled")
+    assert sorted((record.index, record.error) for record in records) == [(0, "cancelled"), (1, "cancelled")]
+    assert all(record.end_ns > record.sent_ns for record in records)
+
+
+def test_a_full_disk_ends_it_with_3_and_says_so_without_a_traceback(programs: Programs) -> None:
+    code, lines, errors = programs.ended("full disk")
+    assert code == 3
+    assert "its records cannot be kept" in lines[0]
+    assert "File too large" in lines[0]
+    assert "Traceback" not in errors
+    assert 0 < len(programs.records("full disk")) < 10
+
+
+def submit(port: int, **form: object) -> dict[str, Any]:
+    data = urllib.parse.urlencode({"user_count": 1, "spawn_rate": 1, "user_classes": "HF", **form}).encode()
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/swarm", data, timeout=10) as response:
+        answer: dict[str, Any] = json.load(response)
+        return answer
+
+
+@pytest.fixture(scope="module")
+def web(programs: Programs, web_port: int) -> int:
+    """The port of the web UI, once it answers."""
+    deadline = time.monotonic() + 20
+    while True:
+        try:
+            urllib.request.urlopen(f"http://127.0.0.1:{web_port}/", timeout=5).close()
+        except OSError:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        else:
+            return web_port
+
+
+@pytest.mark.parametrize(
+    ("form", "message"),
+    [
+        ({"input_mean": "0"}, "input_mean: '0': Input should be greater than or equal to 1"),
+        ({"workload": "poisson"}, "workload: 'poisson': Input should be 'lognormal', 'classic', 'sharegpt' or"),
+        ({"requests": "many"}, "requests: 'many': Input should be a valid integer"),
+        ({"host": "http://elsewhere"}, "host: leave it empty: each user class has its own server"),
+        ({"records": "../taken.jsonl"}, "records: '../taken.jsonl' exists; name a new file"),
+        ({"input_mean": "5000"}, "a mean length of 5000 tokens does not fit: at most 1024 (half of max_context)"),
+    ],
+)
+def test_the_web_form_refuses_a_bad_value_with_a_message(web: int, form: dict[str, str], message: str) -> None:
+    answer = submit(web, **form)
+    assert answer["success"] is False
+    assert message in answer["message"]
+
+
+def test_the_web_form_starts_a_run_whose_failures_are_records_and_which_ends_with_the_program(
+    web: int, programs: Programs
+) -> None:
+    answer = submit(web, records="records.jsonl", requests="2", workload="classic", model="m")
+    assert answer["success"] is True
+    client, deadline = programs.folder / "web" / "client.json", time.monotonic() + 10
+    while not client.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    assert [(record.index, record.error) for record in programs.records("web")] == [(0, "connect"), (1, "connect")]
+    programs.stop("web")
+    _, _, errors = programs.ended("web")
+    assert "Traceback" not in errors

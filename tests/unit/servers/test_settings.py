@@ -1,0 +1,111 @@
+"""How a command line becomes settings, and how a port becomes a socket."""
+
+import os
+import socket
+from typing import Any
+
+import pytest
+from pydantic import Field
+from pydantic_settings import SettingsConfigDict
+
+from servers.settings import ServerSettings, cpu_cores, fail, listen, parse
+
+
+class Settings(ServerSettings):
+    """Serve."""
+
+    model_config = SettingsConfigDict(env_prefix="HEADROOM_TEST_", cli_prog_name="program")
+
+    port: int = Field(8000, ge=0, le=65535, description="port")
+
+
+def test_options_come_from_the_command_line_then_the_environment_then_the_default(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("HEADROOM_TEST_MODEL", "gpt2")
+    monkeypatch.setenv("HEADROOM_TEST_PORT", "1")
+    settings = parse(Settings, "program", ["--port", "2", "--max-model-len", "64"])
+    assert (settings.model, settings.port, settings.max_model_len, settings.host) == ("gpt2", 2, 64, "127.0.0.1")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--port", "70000"], "program: --port: '70000': Input should be less than or equal to 65535"),
+        (["--max-model-len", "1"], "program: --max-model-len: '1': Input should be greater than or equal to 2"),
+        (["--threads", "some"], "program: --threads: 'some': Input should be a valid integer"),
+        (["--dtype", "int8"], "'auto', 'float32', 'bfloat16'"),
+        (["--modle", "gpt2"], "--modle"),
+    ],
+)
+def test_a_bad_option_exits_with_2_and_is_named(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        parse(Settings, "program", arguments)
+    assert exit_.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_every_bad_option_has_its_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HEADROOM_TEST_THREADS", "0")
+    with pytest.raises(SystemExit):
+        parse(Settings, "program", ["--port", "-1"])
+    lines = sorted(capsys.readouterr().err.splitlines())
+    assert [line.rsplit(": ", 1)[0] for line in lines] == ["program: --port: '-1'", "program: --threads: '0'"]
+
+
+def test_help_names_every_option_with_its_default(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        parse(Settings, "program", ["--help"])
+    assert exit_.value.code == 0
+    shown = capsys.readouterr().out
+    assert all("--" + name.replace("_", "-") in shown for name in Settings.model_fields)
+    assert "random:tiny" in shown
+
+
+def test_port_0_listens_on_a_free_port() -> None:
+    with listen("127.0.0.1", 0) as one, listen("127.0.0.1", 0) as other:
+        ports = {one.getsockname()[1], other.getsockname()[1]}
+        assert len(ports) == 2
+        with socket.create_connection(one.getsockname(), timeout=5):
+            pass
+
+
+def test_a_taken_port_is_named_with_what_to_do() -> None:
+    with listen("127.0.0.1", 0) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(OSError, match="address already in use; choose another port") as refused:
+            listen("127.0.0.1", port)
+    assert str(refused.value).startswith(f"--port: {port}: cannot listen on 127.0.0.1:{port}: ")
+
+
+def test_an_address_that_is_not_ours_is_named() -> None:
+    with pytest.raises(OSError, match=r"cannot listen on 192\.0\.2\.1:0: cannot assign requested address"):
+        listen("192.0.2.1", 0)
+
+
+@pytest.mark.parametrize(
+    ("cores", "threads", "expected"),
+    [
+        ({0, 1, 2, 3}, None, [0, 1, 2]),
+        ({5, 3}, None, [3]),
+        ({7}, None, [7]),
+        ({0, 1, 2, 3}, 2, [0, 1]),
+        ({0, 1}, 9, [0, 1]),
+    ],
+)
+def test_the_model_gets_all_cores_but_one_unless_told(
+    cores: set[int], threads: int | None, expected: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def sched_getaffinity(_: int) -> set[int]:
+        return cores
+
+    monkeypatch.setattr(os, "sched_getaffinity", sched_getaffinity)
+    assert cpu_cores(threads) == expected
+
+
+def test_a_failure_is_one_line_and_an_exit_with_1(capsys: pytest.CaptureFixture[str]) -> None:
+    message: Any = OSError("no room")
+    assert fail("program", message).code == 1
+    assert capsys.readouterr().err == "program: no room\n"

@@ -1,0 +1,125 @@
+"""Settings to vLLM's arguments and environment."""
+
+import sys
+
+import pytest
+
+from servers.models import Model
+from servers.settings import parse
+from servers.vllm.launch import PROGRAM, Settings, arguments, environment
+
+GPT2 = Model("gpt2", "gpt2")
+RANDOM = Model("random:llama-7b", "/cache/llama", weights=False)
+
+
+def settings(*command_line: str) -> Settings:
+    return parse(Settings, PROGRAM, command_line)
+
+
+def option(command: list[str], name: str) -> str | None:
+    return command[command.index(name) + 1] if name in command else None
+
+
+def test_the_whole_command_by_default() -> None:
+    assert arguments(settings("--port", "9001"), GPT2, gpu=True) == [
+        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
+        *("--model", "gpt2", "--served-model-name", "gpt2", "--host", "127.0.0.1", "--port", "9001"),
+        *("--dtype", "bfloat16", "--generation-config", "vllm"),
+        *("--no-enable-prefix-caching", "--disable-uvicorn-access-log"),
+    ]
+
+
+def test_every_setting_has_its_argument() -> None:
+    given = "--max-model-len 512 --max-num-seqs 32 --gpu-memory-utilization 0.8 --dtype float16 --enforce-eager"
+    command = arguments(settings(*given.split(), "--prefix-caching"), GPT2, gpu=True)
+    assert option(command, "--max-model-len") == "512"
+    assert option(command, "--max-num-seqs") == "32"
+    assert option(command, "--gpu-memory-utilization") == "0.8"
+    assert option(command, "--dtype") == "float16"
+    assert {"--enforce-eager", "--enable-prefix-caching"} < set(command)
+    assert "--no-enable-prefix-caching" not in command
+
+
+def test_both_servers_have_the_same_number_format_on_a_cpu() -> None:
+    assert option(arguments(settings(), GPT2, gpu=False), "--dtype") == "float32"
+
+
+def test_a_model_without_weights_gets_them_in_place_under_the_name_that_was_asked_for() -> None:
+    command = arguments(settings(), RANDOM, gpu=True)
+    assert option(command, "--load-format") == "dummy"
+    assert (option(command, "--model"), option(command, "--served-model-name")) == ("/cache/llama", "random:llama-7b")
+
+
+def test_a_model_with_weights_has_them_loaded() -> None:
+    assert "--load-format" not in arguments(settings(), Model("random:tiny", "/cache/tiny"), gpu=True)
+
+
+@pytest.mark.parametrize(
+    "passed",
+    [
+        ["--block-size", "16", "--port", "5"],
+        ["--cuda-graph-sizes", "1,2,4"],
+        ["--compilation-config", '{"level": 3, "sizes": [1, 2]}'],
+        ['--override={"a": 1}'],
+        ["--served-model-name", '"quoted"', "a b", "it's", "null", "[1,2]", ""],
+        ["--", "--help"],
+    ],
+    ids=" ".join,
+)
+def test_what_follows_two_dashes_is_passed_on_as_it_is_and_last(passed: list[str]) -> None:
+    chosen = settings("--port", "9001", "--", *passed)
+    assert chosen.port == 9001
+    assert arguments(chosen, GPT2, gpu=True)[-len(passed) :] == passed
+
+
+@pytest.mark.parametrize(
+    ("command_line", "message"),
+    [
+        ("--gpu-memory-utilization 1.5", "--gpu-memory-utilization: '1.5': Input should be less than or equal to 1"),
+        ("--max-num-seqs 0", "--max-num-seqs: '0': Input should be greater than or equal to 1"),
+        ("--port 0", "--port: '0': Input should be greater than or equal to 1"),
+        ("--cpu-kv-cache-gib 0.5", "--cpu-kv-cache-gib: '0.5': Input should be a valid integer"),
+        ("--block-size 16", "--block-size"),
+    ],
+)
+def test_a_bad_setting_exits_with_2_and_is_named(
+    command_line: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        settings(*command_line.split())
+    assert exit_.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_variable_that_is_no_list_exits_with_2_and_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HEADROOM_VLLM_PASSED_ON", "--block-size 16")
+    with pytest.raises(SystemExit) as exit_:
+        settings()
+    assert exit_.value.code == 2
+    assert "passed" in capsys.readouterr().err
+
+
+def test_on_a_gpu_nothing_of_the_cpu_is_set() -> None:
+    assert environment(settings(), gpu=True, inherited={"PATH": "/bin"}) == {
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+        "PATH": "/bin",
+    }
+
+
+def test_on_a_cpu_the_pool_and_the_cores_are_set() -> None:
+    chosen = environment(settings("--cpu-kv-cache-gib", "3", "--threads", "1"), gpu=False, inherited={})
+    assert chosen["VLLM_CPU_KVCACHE_SPACE"] == "3"
+    assert chosen["VLLM_CPU_OMP_THREADS_BIND"].isdecimal()
+
+
+def test_what_the_user_has_set_stays() -> None:
+    inherited = {"VLLM_CPU_KVCACHE_SPACE": "9", "VLLM_NO_USAGE_STATS": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    assert environment(settings(), gpu=False, inherited=inherited).items() >= inherited.items()
+    assert inherited == {
+        "VLLM_CPU_KVCACHE_SPACE": "9",
+        "VLLM_NO_USAGE_STATS": "0",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    }
