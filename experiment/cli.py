@@ -1,5 +1,6 @@
 """The `headroom` command."""
 
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -8,7 +9,7 @@ from pydantic import ValidationError
 from pydantic_settings import CliApp
 from rich.console import Console
 
-from experiment.compare import compare, up, write_report
+from experiment.compare import INTERRUPTED, compare, up, write_report
 from experiment.doctor import doctor
 from experiment.plan import Plan
 from experiment.results import ResultError
@@ -41,7 +42,13 @@ def main() -> None:
         raise SystemExit(0)
     if name not in commands:
         raise SystemExit(_say(f"{name!r}: unknown command; known: {', '.join(commands)}", BAD_INPUT))
-    raise SystemExit(commands[name](rest))
+    # What stops a service (docker stop, systemd) stops a run like Ctrl-C does: with what was measured kept.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        code = commands[name](rest)
+    except KeyboardInterrupt:
+        code = _say("interrupted", INTERRUPTED)
+    raise SystemExit(code)
 
 
 def _say(message: object, code: int) -> int:

@@ -1,8 +1,8 @@
 """What `headroom compare` and `headroom up` do, from the first check to the last line on the screen."""
 
-import json
 import sys
 import time
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -10,7 +10,8 @@ from rich.console import Console
 
 from experiment.environment import describe
 from experiment.plan import Plan
-from experiment.run import LOCUSTFILE, run_cells
+from experiment.results import ResultError
+from experiment.run import LOCUSTFILE, run_cells, write_json
 from experiment.stack import RunError, Stack, end, ports_of, require_free, spawn
 
 FAILED, INTERRUPTED = 1, 130
@@ -30,11 +31,14 @@ def compare(plan: Plan, console: Console) -> int:
     except (RunError, OSError) as error:
         return _fail(error, FAILED)
     code = _run(plan, folder, console)
+    if not any((folder / "cells").iterdir()):
+        return code
     try:
-        if any((folder / "cells").iterdir()):
-            write_report(folder, console)
-    except OSError as error:
-        return _fail(error, FAILED)
+        write_report(folder, console)
+    except (ResultError, OSError) as error:
+        _fail(error, FAILED, folder)
+        console.print(f"What was measured is kept; to write the report: headroom report {folder}")
+        return code or FAILED
     return code
 
 
@@ -67,8 +71,8 @@ def write_report(folder: Path, console: Console) -> None:
 def _open(folder: Path, plan: Plan) -> None:
     (folder / "logs").mkdir(parents=True)
     (folder / "cells").mkdir()
-    (folder / "plan.json").write_text(plan.model_dump_json(indent=2) + "\n")
-    (folder / "environment.json").write_text(json.dumps(describe(), indent=2) + "\n")
+    write_json(folder / "plan.json", plan.model_dump())
+    write_json(folder / "environment.json", describe())
     _write_status(folder, "running", "the run did not come to its end")
 
 
@@ -87,21 +91,19 @@ def _run(plan: Plan, folder: Path, console: Console) -> int:
 
 def _stopped(folder: Path, why: object, code: int) -> int:
     """Say why a run ended before its plan did, on the screen and in its folder."""
-    _fail(why, code)
-    try:
+    _fail(why, code, folder)
+    with suppress(OSError):  # a full disk: the folder says "running", which is read as partial too
         _write_status(folder, "partial", str(why))
-    except OSError as error:
-        return _fail(error, FAILED)
     return code
 
 
 def _write_status(folder: Path, state: str, reason: str | None) -> None:
-    (folder / "status.json").write_text(json.dumps({"state": state, "reason": reason}, indent=2) + "\n")
+    write_json(folder / "status.json", {"state": state, "reason": reason})
 
 
-def _fail(why: object, code: int) -> int:
+def _fail(why: object, code: int, folder: Path | None = None) -> int:
     if isinstance(why, OSError):
-        why = f"{why.filename or 'a file'}: {why.strerror or why}"
+        why = f"{why.filename or folder}: {why.strerror or why}"
     print(f"headroom: {why}", file=sys.stderr, flush=True)
     return code
 

@@ -51,6 +51,7 @@ class Plan(BaseSettings):
     max_model_len: int | None = Field(None, ge=2, description="context of both servers; default: the model's own limit")
     seed: int = Field(1, ge=0, description="the same seed gives the same requests")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="of both servers")
+    gpu_memory_utilization: float = Field(0.5, gt=0, le=1, description="share of a GPU for vLLM; HF is beside it")
     hf_args: str = Field("", description="more arguments for servers.hf, as one string")
     vllm_args: str = Field("", description="more arguments for servers.vllm, as one string")
     hf_port: int = Field(8000, ge=1, le=65535, description="port of the HF server")

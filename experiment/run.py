@@ -103,7 +103,7 @@ class Timeline:
         now_ns = time.monotonic_ns()
         body = get(f"{self._url}/timeline?since_ns={self._since_ns}&until_ns={now_ns}")
         if body is not None:
-            (self._folder / f"{now_ns}.arrow").write_bytes(body)
+            _replace(self._folder / f"{now_ns}.arrow", body)
             self._since_ns = now_ns
 
 
@@ -115,7 +115,7 @@ def _run_cell(plan: Plan, cell: Cell, stack: Stack, folder: Path, report: Callab
     cell_folder = folder / "cells" / cell.name
     cell_folder.mkdir(parents=True)
     state = asdict(cell) | {"start_ns": time.monotonic_ns(), "end_ns": None, "complete": False}
-    _write_json(cell_folder / "cell.json", state)
+    write_json(cell_folder / "cell.json", state)
     loadtest = spawn(_command(plan, cell, stack, cell_folder), cell_folder / "locust.log", {})
     program = Program("the load generator", loadtest, cell_folder / "locust.log", "")
     try:
@@ -126,7 +126,7 @@ def _run_cell(plan: Plan, cell: Cell, stack: Stack, folder: Path, report: Callab
             loadtest.terminate()
         end(loadtest, LOADTEST_STOP_SECONDS)
         state["end_ns"] = time.monotonic_ns()
-        _write_json(cell_folder / "cell.json", state)
+        write_json(cell_folder / "cell.json", state)
 
 
 def _command(plan: Plan, cell: Cell, stack: Stack, cell_folder: Path) -> list[str]:
@@ -182,5 +182,17 @@ def _lines(path: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-def _write_json(path: Path, value: object) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n")
+def write_json(path: Path, value: object) -> None:
+    """Write a value as JSON; a file that was there stays whole until the new one is."""
+    _replace(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all, whatever happens in between."""
+    draft = path.with_name(path.name + ".draft")
+    try:
+        draft.write_bytes(content)
+        draft.rename(path)
+    except OSError:
+        draft.unlink(missing_ok=True)
+        raise

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from experiment.environment import find_gpus
 from experiment.plan import Plan
 
 TAIL_LINES = 12
@@ -54,6 +55,7 @@ class Stack:
         self._logs = logs
         self._say = say
         self.programs: dict[str, Program] = {}
+        self._ready: set[str] = set()
 
     def __enter__(self) -> "Stack":
         return self
@@ -63,24 +65,18 @@ class Stack:
 
     def start(self) -> None:
         """Start everything and wait until it is healthy; raises RunError when a program does not come up."""
-        plan = self._plan
         started = time.monotonic()
-        ports = ports_of(plan)
-        common = ["--model", plan.model, "--dtype", plan.dtype]
-        if plan.max_model_len:
-            common += ["--max-model-len", str(plan.max_model_len)]
-        arguments = {
-            "monitor": ["-m", "monitor", "--port", str(plan.monitor_port)],
-            "hf": ["-m", "servers.hf", "--port", str(plan.hf_port), *common, *shlex.split(plan.hf_args)],
-            "vllm": ["-m", "servers.vllm", "--port", str(plan.vllm_port), *common, *shlex.split(plan.vllm_args)],
-        }
-        for name, given in arguments.items():
+        commands = _commands(self._plan)
+        for name, command in commands.items():
             environment = {"HEADROOM_SERVER": name} if name != "monitor" else {}
-            if plan.model.startswith("random:"):
+            if self._plan.model.startswith("random:"):
                 environment["HF_HUB_OFFLINE"] = "1"
             log = self._logs / f"{name}.log"
-            process = spawn([sys.executable, *given], log, environment)
-            self.programs[name] = Program(name, process, log, f"http://127.0.0.1:{ports[name]}")
+            process = spawn([sys.executable, "-m", *command], log, environment)
+            self.programs[name] = Program(name, process, log, f"http://127.0.0.1:{ports_of(self._plan)[name]}")
+            if find_gpus()[0]:
+                # vLLM measures how much memory is free: the others must have taken theirs by then.
+                self._wait_until_healthy(self.programs[name], started)
         for program in self.programs.values():
             self._wait_until_healthy(program, started)
 
@@ -95,7 +91,7 @@ class Stack:
         deadline = time.monotonic() + 5
         while time.monotonic() < deadline:
             program.check()
-            if get(program.url + "/health"):
+            if get(program.url + "/health") is not None:
                 return
             time.sleep(0.2)
         raise RunError(f"{name} does not answer at {program.url}/health. The end of {program.log}:\n{program.tail()}")
@@ -112,6 +108,8 @@ class Stack:
         signal.signal(signal.SIGINT, before)
 
     def _wait_until_healthy(self, program: Program, started: float) -> None:
+        if program.name in self._ready:
+            return
         said = started
         while get(program.url + "/health") is None:
             self.check()
@@ -125,7 +123,22 @@ class Stack:
                 said = now
                 self._say(f"waiting for {program.name}, {now - started:.0f} s so far")
             time.sleep(0.2)
+        self._ready.add(program.name)
         self._say(f"{program.name} is ready at {program.url} after {time.monotonic() - started:.0f} s")
+
+
+def _commands(plan: Plan) -> dict[str, list[str]]:
+    """Module and arguments of each program, in the order in which they start."""
+    ports = {name: ["--port", str(port)] for name, port in ports_of(plan).items()}
+    common = ["--model", plan.model, "--dtype", plan.dtype]
+    if plan.max_model_len:
+        common += ["--max-model-len", str(plan.max_model_len)]
+    share = ["--gpu-memory-utilization", str(plan.gpu_memory_utilization)]
+    return {
+        "monitor": ["monitor", *ports["monitor"]],
+        "hf": ["servers.hf", *ports["hf"], *common, *shlex.split(plan.hf_args)],
+        "vllm": ["servers.vllm", *ports["vllm"], *common, *share, *shlex.split(plan.vllm_args)],
+    }
 
 
 def spawn(command: list[str], log: Path, environment: dict[str, str]) -> subprocess.Popen[bytes]:

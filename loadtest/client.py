@@ -115,7 +115,9 @@ class Connection:
                 self.close()
                 if exchange.status is None:
                     raise ConnectionResetError("the server closed the connection before it answered")
-                exchange.error, exchange.error_detail = "truncated", "the connection ended inside the answer"
+                if answer.length_known:
+                    exchange.error, exchange.error_detail = "truncated", "the connection ended inside the answer"
+                exchange.complete = not answer.length_known
                 return
             parser.feed_data(data)
         if not parser.should_keep_alive():
@@ -155,12 +157,15 @@ class _Answer:
 
     def __init__(self, exchange: Exchange):
         self.stamp = 0
+        self.length_known = False  # else the body ends with the connection (RFC 9112, section 6.3)
         self.parser = httptools.HttpResponseParser(self)
         self._exchange = exchange
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if name.lower() == b"content-type":
+        name = name.lower()
+        if name == b"content-type":
             self._exchange.content_type = value.decode("latin-1")
+        self.length_known = self.length_known or name in (b"content-length", b"transfer-encoding")
 
     def on_headers_complete(self) -> None:
         self._exchange.status = self.parser.get_status_code()

@@ -47,7 +47,7 @@ def arguments(settings: Settings, model: Model, gpu: bool) -> list[str]:
         command += ["--load-format", "dummy"]
     if settings.enforce_eager:
         command.append("--enforce-eager")
-    for option in ("max_model_len", "max_num_seqs", "gpu_memory_utilization"):
+    for option in ("max_model_len", "max_num_seqs", *(["gpu_memory_utilization"] if gpu else [])):
         if (value := getattr(settings, option)) is not None:
             command += ["--" + option.replace("_", "-"), str(value)]
     return command + settings.passed_on

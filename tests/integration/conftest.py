@@ -1,7 +1,6 @@
 """Both real servers and the monitor, started once for the whole session."""
 
-import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +19,16 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
 
 
 @pytest.fixture
-def compare(tmp_path: Path) -> Iterator[type[Compare]]:
+def compare(tmp_path: Path) -> Iterator[Callable[..., Compare]]:
+    """Start a comparison with the given options of the plan; killed after the test if it still runs."""
     started: list[Compare] = []
 
-    class Started(Compare):
-        def __init__(self, **options: Any):
-            super().__init__(tmp_path / "results", **options)
-            started.append(self)
+    def start(**options: Any) -> Compare:
+        started.append(Compare(tmp_path / "results", **options))
+        return started[-1]
 
-    yield Started
+    yield start
     for run in started:
         if run.process.poll() is None:
-            run.process.send_signal(signal.SIGKILL)
+            run.process.kill()
             run.process.wait()

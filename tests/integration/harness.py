@@ -23,7 +23,13 @@ def free_ports(count: int) -> list[int]:
 
 def make_plan(out: Path, **options: Any) -> Plan:
     hf, vllm, monitor = free_ports(3)
-    small = {"concurrency": [1, 3], "min_requests": 6, "requests_per_user": 2, "output_mean": 12, "repeats": 1}
+    small: dict[str, Any] = {
+        "concurrency": [1, 3],
+        "min_requests": 6,
+        "requests_per_user": 2,
+        "output_mean": 12,
+        "repeats": 1,
+    }
     return Plan(hf_port=hf, vllm_port=vllm, monitor_port=monitor, out=str(out), **(small | options))
 
 

@@ -281,10 +281,11 @@ def test_a_server_without_tls_at_an_https_url_is_a_connect_error(connect: Connec
 def test_a_server_that_stalls_is_a_timeout(serve: Serve, connect: Connect, sent: bytes) -> None:
     server = serve([[]])
     server.scripts[0][0] = [sent, server.wait]
+    begun = time.monotonic_ns()
     exchange = post(connect(server.url, timeout=0.2))
     assert exchange.error == "timeout"
     assert exchange.error_detail
-    assert 0.2e9 <= exchange.end_ns - exchange.sent_ns < 2e9
+    assert 0.2e9 <= exchange.end_ns - begun < 3e9
     assert exchange.body == (FIRST if FIRST in sent else b"")
 
 
@@ -300,9 +301,10 @@ def test_a_stream_that_trickles_on_ends_at_the_timeout(serve: Serve, connect: Co
                 return
 
     server.scripts[0][0] = [trickle]
+    begun = time.monotonic_ns()
     exchange = post(connect(server.url, timeout=0.3))
     assert (exchange.error, exchange.status) == ("timeout", 200)
-    assert 0.3e9 <= exchange.end_ns - exchange.sent_ns < 2e9
+    assert 0.3e9 <= exchange.end_ns - begun < 3e9
 
 
 FAILURES: list[tuple[str, list[Step], ErrorKind, int | None]] = [
@@ -313,7 +315,7 @@ FAILURES: list[tuple[str, list[Step], ErrorKind, int | None]] = [
     ("hangs up inside a chunk", [head() + chunked(STREAM)[:150], hang_up], "truncated", 200),
     ("hangs up between chunks", [head() + chunked(FIRST)[:-5], hang_up], "truncated", 200),
     ("hangs up short of its length", [answer(STREAM)[:-1], hang_up], "truncated", 200),
-    ("hangs up with a token missing", [answer(FIRST), hang_up], "truncated", 200),
+    ("leaves out the last token", [answer(FIRST)], "truncated", 200),
     ("sends no HTTP", [b"SSH-2.0-OpenSSH_9.6\r\n\r\n"], "malformed", None),
     ("sends no chunk size", [head() + b"zz\r\n"], "malformed", 200),
     ("sends no event stream", [answer(b'{"choices": []}', kind="application/json")], "malformed", 200),

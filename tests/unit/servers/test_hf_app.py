@@ -216,6 +216,14 @@ async def test_a_stop_string_ends_the_text_before_it(server: Server) -> None:
     await server.until(running=0)
 
 
+async def test_the_beginning_of_a_stop_string_at_the_end_of_the_output_is_said(server: Server) -> None:
+    fields: JSON = {"temperature": 0, "max_tokens": 12, "ignore_eos": True}
+    text = (await server.choice(**fields))["text"]
+    stop = text[-2:] + "never said"
+    assert (await server.choice(**fields, stop=stop))["text"] == text
+    assert said(await server.stream(**fields, stop=stop)) == text
+
+
 async def test_a_stop_string_counts_only_after_min_tokens(server: Server) -> None:
     fields: JSON = {"temperature": 0, "max_tokens": 30, "ignore_eos": True}
     text = (await server.choice(**fields))["text"]

@@ -44,6 +44,10 @@ def test_both_servers_have_the_same_number_format_on_a_cpu() -> None:
     assert option(arguments(settings(), GPT2, gpu=False), "--dtype") == "float32"
 
 
+def test_a_share_of_gpu_memory_means_nothing_on_a_cpu() -> None:
+    assert "--gpu-memory-utilization" not in arguments(settings("--gpu-memory-utilization", "0.8"), GPT2, gpu=False)
+
+
 def test_a_model_without_weights_gets_them_in_place_under_the_name_that_was_asked_for() -> None:
     command = arguments(settings(), RANDOM, gpu=True)
     assert option(command, "--load-format") == "dummy"
