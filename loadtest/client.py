@@ -120,7 +120,7 @@ class Connection:
                 exchange.complete = not answer.length_known
                 return
             parser.feed_data(data)
-        if not parser.should_keep_alive():
+        if not answer.keep_alive:
             self.close()
 
     def _connected(self) -> socket.socket:
@@ -157,6 +157,7 @@ class _Answer:
 
     def __init__(self, exchange: Exchange):
         self.stamp = 0
+        self.keep_alive = False
         self.length_known = False  # else the body ends with the connection (RFC 9112, section 6.3)
         self.parser = httptools.HttpResponseParser(self)
         self._exchange = exchange
@@ -168,10 +169,14 @@ class _Answer:
         self.length_known = self.length_known or name in (b"content-length", b"transfer-encoding")
 
     def on_headers_complete(self) -> None:
-        self._exchange.status = self.parser.get_status_code()
+        status = self.parser.get_status_code()
+        # An interim answer (1xx) is not the answer.
+        self._exchange.status = status if status >= 200 else None
 
     def on_body(self, body: bytes) -> None:
         self._exchange.pieces.append((self.stamp, body))
 
     def on_message_complete(self) -> None:
-        self._exchange.complete = True
+        self._exchange.complete = self._exchange.status is not None
+        # The parser forgets it with the next line.
+        self.keep_alive = self.parser.should_keep_alive()

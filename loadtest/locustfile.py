@@ -13,6 +13,7 @@ from locust.runners import MasterRunner, WorkerRunner
 from loadtest.options import add_arguments, check
 from loadtest.run import Run
 from loadtest.users import HF, VLLM, TargetUser
+from loadtest.workloads import WORKLOADS
 
 BAD_OPTIONS, RECORDS_LOST = 2, 3
 
@@ -29,7 +30,8 @@ def _init(environment: Environment, **_: Any) -> None:
     if isinstance(environment.runner, MasterRunner | WorkerRunner):
         _leave("runs on one process for now: leave out --master, --worker and --processes")
     try:
-        check(vars(environment.parsed_options))
+        options = check(vars(environment.parsed_options))
+        WORKLOADS[options.workload](options)
     except ValueError as error:
         _leave(str(error))
     if environment.web_ui and environment.web_ui.app:
@@ -50,6 +52,7 @@ def _check_form() -> flask.Response | None:
         if form.get("host"):
             raise ValueError("host: leave it empty: each user class has its own server, hf_url and vllm_url")
         options = check(form)
+        WORKLOADS[options.workload](options)
         if options.records and Path(options.records).exists():
             raise ValueError(f"records: {options.records!r} exists; name a new file")
     except ValueError as error:
@@ -72,9 +75,13 @@ def _start(environment: Environment, **_: Any) -> None:
 
 
 @events.test_stop.add_listener
-def _stop(**_: Any) -> None:
+def _stop(environment: Environment, **_: Any) -> None:
     if TargetUser.current:
-        TargetUser.current.close()
+        try:
+            TargetUser.current.close()
+        except OSError as error:
+            print(f"loadtest: the records are not whole: {error}", file=sys.stderr, flush=True)
+            environment.process_exit_code = RECORDS_LOST
 
 
 def _end(environment: Environment, failure: Exception | None) -> None:

@@ -3,8 +3,9 @@
 import argparse
 from collections.abc import Mapping
 from typing import Any, Literal, get_args, get_origin
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 Workload = Literal["lognormal", "classic", "sharegpt", "alpaca"]
 
@@ -23,11 +24,19 @@ class Options(BaseModel):
     warmup: int = Field(0, ge=0, description="requests sent before the measured ones and left out of statistics")
     drain: int = Field(0, ge=0, description="requests sent after the measured ones, to keep the load up until they end")
     seed: int = Field(0, ge=0, description="the same seed gives the same requests")
-    timeout: float = Field(600, gt=0, description="seconds until a request without its last token fails")
+    timeout: float = Field(600, gt=0, le=86400, description="seconds until a request without its last token fails")
     hf_url: str = Field("http://127.0.0.1:8000", pattern="^https?://", description="the HF server")
     vllm_url: str = Field("http://127.0.0.1:8001", pattern="^https?://", description="the vLLM server")
     model: str = Field("", description="model name to ask for; empty: the first one that the server offers")
     records: str = Field("", description="new file for the records; empty: results/<time>-locust/records.jsonl")
+
+    @field_validator("hf_url", "vllm_url")
+    @classmethod
+    def _names_a_server(cls, url: str) -> str:
+        parts = urlsplit(url)
+        if not parts.hostname or parts.port == 0:
+            raise ValueError("expected http://HOST[:PORT] or https://HOST[:PORT]")
+        return url
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -13,21 +13,25 @@ class Decoder:
     def __init__(self) -> None:
         self._rest = b""
         self._data: list[bytes] = []
+        self._size = 0
+        self._after_cr = False
 
     def feed(self, piece: bytes) -> list[bytes]:
         """Take bytes; returns the data of each event that they complete."""
-        text = self._rest + piece
-        if len(text) > MAX_EVENT_BYTES:
-            raise ValueError("an event is larger than 64 MiB")
-        # A CR at the very end may be the first half of a CRLF: it waits for the next byte.
-        held = b"\r" if text.endswith(b"\r") else b""
-        lines = text[: len(text) - len(held)].replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")
-        self._rest = lines.pop() + held
+        # A CR ends its line at once; when the LF of a CRLF comes in the next piece, it ends no second one.
+        text = self._rest + (piece.removeprefix(b"\n") if self._after_cr else piece)
+        self._after_cr = piece.endswith(b"\r") if piece else self._after_cr
+        lines = text.replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")
+        self._rest = lines.pop()
         events = []
         for line in lines:
-            if line.startswith(b"data:"):
-                self._data.append(line[5:].removeprefix(b" "))
+            name, _, value = line.partition(b":")
+            if name == b"data":
+                self._data.append(value.removeprefix(b" "))
+                self._size += len(value) + 1
             elif not line and self._data:
                 events.append(b"\n".join(self._data))
-                self._data = []
+                self._data, self._size = [], 0
+        if self._size + len(self._rest) > MAX_EVENT_BYTES:
+            raise ValueError("an event is larger than 64 MiB")
         return events

@@ -6,6 +6,7 @@ Chunks are not tokens: tokens are counted from the server's usage or from token 
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from operator import index
 from typing import Any
 
 from loadtest.records import ErrorKind, TokenSource
@@ -36,7 +37,7 @@ def read_stream(events: Iterable[tuple[int, bytes]], max_tokens: int) -> Output:
             continue
         try:
             _read_chunk(out, counted, stamp, json.loads(data))
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
             out.error, out.error_detail = "malformed", f"{type(error).__name__}: {error}: {data[:200]!r}"
         if out.error:
             return out
@@ -63,8 +64,7 @@ def _read_chunk(out: Output, counted: _Count, stamp: int, chunk: dict[str, Any])
     usage = chunk.get("usage")
     before = counted.usage or 0
     if usage:
-        out.prompt_tokens = usage["prompt_tokens"]
-        counted.usage = usage["completion_tokens"]
+        out.prompt_tokens, counted.usage = index(usage["prompt_tokens"]), index(usage["completion_tokens"])
     if not chunk.get("choices"):
         return
     choice = chunk["choices"][0]
@@ -72,7 +72,7 @@ def _read_chunk(out: Output, counted: _Count, stamp: int, chunk: dict[str, Any])
     ids = choice.get("token_ids")
     if ids is not None:
         counted.ids = (counted.ids or 0) + len(ids)
-    if usage:
+    if usage and counted.per_chunk:
         tokens = usage["completion_tokens"] - before
     elif ids is not None:
         tokens = len(ids)

@@ -78,12 +78,16 @@ WORKLOADS: dict[str, Callable[[Options], Iterator[Request]]] = {
 
 def _synthetic(options: Options, input_mean: float, output_mean: float, sigma: float) -> Iterator[Request]:
     longest = options.max_context // 2
+    # Here and not in the generator, so that a mean that does not fit is an error before the run.
     input_mu, output_mu = _mu(input_mean, sigma, longest), _mu(output_mean, sigma, longest)
-    for index in count():
+
+    def request(index: int) -> Request:
         rng = random.Random(f"{options.seed}:{index}")  # noqa: S311 - load, not secrets
         length = _length(rng, input_mu, sigma, longest)
         prompt = tuple(rng.choices(PROMPT_TOKEN_IDS, k=length))
-        yield Request(index, prompt, _length(rng, output_mu, sigma, longest), 0.0, options.seed + index)
+        return Request(index, prompt, _length(rng, output_mu, sigma, longest), 0.0, options.seed + index)
+
+    return map(request, count())
 
 
 def _length(rng: random.Random, mu: float, sigma: float, longest: int) -> int:
@@ -94,7 +98,7 @@ def _mu(mean: float, sigma: float, longest: int) -> float:
     """Find the mu at which log-normal lengths, cut at `longest`, have the given mean; by bisection."""
     if mean >= longest:
         raise ValueError(f"a mean length of {mean:g} tokens does not fit: at most {longest} (half of max_context)")
-    low, high = math.log(mean) - sigma**2, math.log(longest) + 10 * (sigma + 1)
+    low, high = math.log(mean) - 10 * (sigma + 1), math.log(longest) + 10 * (sigma + 1)
     for _ in range(60):
         middle = (low + high) / 2
         low, high = (low, middle) if _mean_when_cut(middle, sigma, longest) > mean else (middle, high)
@@ -102,9 +106,10 @@ def _mu(mean: float, sigma: float, longest: int) -> float:
 
 
 def _mean_when_cut(mu: float, sigma: float, longest: int) -> float:
-    """Mean of min(X, longest) for a log-normal X (limited expected value of the log-normal distribution)."""
+    """Mean of max(1, min(X, longest)) for a log-normal X (from its partial expectation)."""
     if sigma == 0:
-        return min(math.exp(mu), longest)
-    z = (math.log(longest) - mu) / sigma
-    normal = NormalDist()
-    return math.exp(mu + sigma**2 / 2) * normal.cdf(z - sigma) + longest * (1 - normal.cdf(z))
+        return max(1, min(math.exp(mu), longest))
+    below = NormalDist().cdf
+    low, high = -mu / sigma, (math.log(longest) - mu) / sigma
+    between = math.exp(mu + sigma**2 / 2) * (below(high - sigma) - below(low - sigma))
+    return below(low) + between + longest * (1 - below(high))

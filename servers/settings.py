@@ -4,10 +4,10 @@ import os
 import socket
 import sys
 from collections.abc import Sequence
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from pydantic import Field, ValidationError
-from pydantic_settings import BaseSettings, CliApp, SettingsConfigDict
+from pydantic_settings import BaseSettings, CliApp, SettingsConfigDict, SettingsError
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -30,7 +30,14 @@ Settings = TypeVar("Settings", bound=BaseSettings)
 def parse(kind: type[Settings], program: str, arguments: Sequence[str]) -> Settings:
     """Read settings from the command line and the environment; on bad input say what is allowed and exit with 2."""
     try:
-        return CliApp.run(kind, cli_args=list(arguments))
+        # What follows -- must not pass through the parser, which would split it at commas and read JSON.
+        own = list(arguments[: arguments.index("--")] if "--" in arguments else arguments)
+        passed_on = list(arguments[len(own) + 1 :])
+        given: dict[str, Any] = {"passed_on": passed_on} if passed_on else {}
+        return CliApp.run(kind, cli_args=own, **given)
+    except SettingsError as error:
+        print(f"{program}: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
     except ValidationError as error:
         for problem in error.errors():
             option = "--" + "-".join(str(part) for part in problem["loc"]).replace("_", "-")

@@ -48,7 +48,11 @@ def load(settings: Settings, model: Model) -> tuple[transformers.PreTrainedModel
 def service(settings: Settings) -> Service:
     """Everything the application needs, with the model in memory."""
     model = resolve(settings.model)
-    weights, tokenizer = load(settings, model)
+    try:
+        weights, tokenizer = load(settings, model)
+    except (OSError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ModelError(f"--model: {settings.model!r}: cannot be loaded: {reason}") from error
     config = weights.config
     limit = config.max_position_embeddings
     if (settings.max_model_len or 0) > limit:

@@ -14,6 +14,8 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
+GREEDY_BELOW = 1e-5
+
 
 class QueueFullError(Exception):
     """The engine holds as many waiting requests as it may."""
@@ -108,7 +110,8 @@ class SequentialEngine:
     def submit(self, job: Job) -> None:
         """Queue a job; raises QueueFullError when too many wait already."""
         with self._changed:
-            if len(self._waiting) >= self._max_waiting:
+            # One of those that wait takes the place of an idle engine.
+            if self.running + len(self._waiting) > self._max_waiting:
                 raise QueueFullError
             self._waiting.append(job)
             self._changed.notify()
@@ -188,7 +191,8 @@ def _generation_config(sampling: Sampling, eos_token_ids: frozenset[int]) -> Gen
         "eos_token_id": eos,
         "pad_token_id": 0,
     }
-    if sampling.temperature == 0:
+    # As in vLLM: below this the division of the logits overflows.
+    if sampling.temperature < GREEDY_BELOW:
         return GenerationConfig(**common, do_sample=False)
     return GenerationConfig(
         **common,

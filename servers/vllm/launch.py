@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 
 from pydantic import Field
-from pydantic_settings import CliPositionalArg, SettingsConfigDict
+from pydantic_settings import CliSuppress, SettingsConfigDict
 
 from servers.models import Model
 from servers.settings import ServerSettings, cpu_cores
@@ -25,7 +25,7 @@ class Settings(ServerSettings):
     gpu_memory_utilization: float | None = Field(None, gt=0, le=1, description="share of the GPU's memory to take")
     cpu_kv_cache_gib: int = Field(1, ge=1, description="size of the KV pool on a machine without a GPU")
     start_seconds: float = Field(900, gt=0, description="give up when vLLM is not healthy by then")
-    passed_on: CliPositionalArg[list[str]] = Field(default_factory=list, description="arguments for vLLM, after --")
+    passed_on: CliSuppress[list[str]] = Field(default_factory=list, description="arguments for vLLM, after --")
 
 
 def arguments(settings: Settings, model: Model, gpu: bool) -> list[str]:
