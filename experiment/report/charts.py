@@ -87,7 +87,7 @@ def _color(domain: Sequence[str] = ("HF", "vLLM")) -> alt.Color:
         "server:N",
         title=None,
         scale=alt.Scale(domain=list(domain), range=colors),
-        legend=alt.Legend(orient="top", symbolType="stroke", symbolStrokeWidth=3),
+        legend=alt.Legend(orient="top", symbolType="stroke", symbolStrokeWidth=3, symbolOpacity=1),
     )
 
 
@@ -97,13 +97,15 @@ def _memory(series: Sequence[memory.Series], summary: JSON, start_ns: int) -> Ch
     if not rows:
         return None
     owners = list(dict.fromkeys(row["server"] for row in rows))
+    span = max(row["seconds"] for row in rows)
     cells = [
         {
             "server": NAMES[cell["target"]],
             "from": (cell["start_ns"] - start_ns) / 1e9,
             "to": (cell["end_ns"] - start_ns) / 1e9,
             "middle": (cell["start_ns"] + cell["end_ns"] - 2 * start_ns) / 2e9,
-            "label": str(cell["concurrency"]),
+            # Narrow bands have no room for a label.
+            "label": str(cell["concurrency"]) if cell["end_ns"] - cell["start_ns"] > 0.03e9 * span else "",
         }
         for cell in summary["cells"]
     ]
