@@ -17,7 +17,7 @@ from loadtest.records import Phase, Record, RecordWriter
 from loadtest.tokens import read_stream
 from loadtest.workloads import WORKLOADS, Request
 
-LAG_PROBE_SECONDS = 0.02
+LAG_PROBE_SECONDS = 0.005
 
 
 class Run:
