@@ -10,7 +10,7 @@ from locust import events
 from locust.env import Environment
 from locust.runners import MasterRunner, WorkerRunner
 
-from loadtest.options import add_arguments, check
+from loadtest.options import Options, add_arguments, check
 from loadtest.run import Run
 from loadtest.users import HF, VLLM, TargetUser
 from loadtest.workloads import WORKLOADS
@@ -34,8 +34,14 @@ def _init(environment: Environment, **_: Any) -> None:
         WORKLOADS[options.workload](options)
     except ValueError as error:
         _leave(str(error))
+    _show_hosts(options)
     if environment.web_ui and environment.web_ui.app:
         environment.web_ui.app.before_request(_check_form)
+
+
+def _show_hosts(options: Options) -> None:
+    """What the page shows of each user class; users take the address from the options."""
+    HF.host, VLLM.host = options.hf_url, options.vllm_url
 
 
 def _leave(message: str) -> NoReturn:
@@ -49,9 +55,10 @@ def _check_form() -> flask.Response | None:
     if flask.request.path != "/swarm":
         return None
     try:
-        if form.get("host"):
-            raise ValueError("host: leave it empty: each user class has its own server, hf_url and vllm_url")
         options = check(form)
+        _show_hosts(options)
+        if form.get("host", "") not in ("", options.hf_url, options.vllm_url):
+            raise ValueError(f"host: {form['host']!r}: leave it empty; each user class has a server: hf_url, vllm_url")
         WORKLOADS[options.workload](options)
         if options.records and Path(options.records).exists():
             raise ValueError(f"records: {options.records!r} exists; name a new file")
@@ -63,7 +70,7 @@ def _check_form() -> flask.Response | None:
 @events.test_start.add_listener
 def _start(environment: Environment, **_: Any) -> None:
     options = check(vars(environment.parsed_options))
-    HF.host, VLLM.host = options.hf_url, options.vllm_url
+    environment.host = None  # the form's field, which would stand for both servers from now on
     targets = [kind.target for kind in environment.user_classes if issubclass(kind, TargetUser)]
     try:
         TargetUser.current = Run(options, targets, on_end=lambda failure: _end(environment, failure))

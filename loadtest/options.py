@@ -40,12 +40,11 @@ class Options(BaseModel):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add every option to Locust's parser, which also makes them fields of its web form."""
-    group = parser.add_argument_group("Headroom", "What is sent, and where")
+    """Add every option to Locust's parser; not in a group, whose options its web form would leave out."""
     for name, info in Options.model_fields.items():
         kind: Any = info.annotation
         choices = list(get_args(kind)) if get_origin(kind) is Literal else None
-        group.add_argument(
+        parser.add_argument(
             "--" + name.replace("_", "-"),
             type=str if choices else kind,
             choices=choices,

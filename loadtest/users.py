@@ -27,7 +27,7 @@ class TargetUser(User):
         """Connect, and ask the server for its model's name unless it was given."""
         if self.current:
             options = self.current.options
-            self._connection = Connection(str(self.host), options.timeout)
+            self._connection = Connection(getattr(options, f"{self.target}_url"), options.timeout)
             self._model = options.model or first_model(self._connection, self.target)
 
     def on_stop(self) -> None:

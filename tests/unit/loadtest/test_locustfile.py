@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 
+from loadtest.options import Options
 from loadtest.records import Record, read
 
 ROOT = Path(__file__).parents[3]
@@ -261,13 +262,20 @@ def test_the_web_form_starts_a_run_whose_failures_are_records(web: int, programs
     assert [(record.index, record.error) for record in programs.records("web")] == [(0, "connect"), (1, "connect")]
 
 
+def test_every_option_is_a_field_of_the_web_form(web: int) -> None:
+    with urllib.request.urlopen(f"http://127.0.0.1:{web}/", timeout=10) as answer:
+        page = answer.read().decode()
+    fields = page[page.index("extra_options") :]
+    assert [name for name in Options.model_fields if f'"{name}"' not in fields] == []
+
+
 @pytest.mark.parametrize(
     ("form", "message"),
     [
         ({"input_mean": "0"}, "input_mean: '0': Input should be greater than or equal to 1"),
         ({"workload": "poisson"}, "workload: 'poisson': Input should be 'lognormal', 'classic', 'sharegpt' or"),
         ({"requests": "many"}, "requests: 'many': Input should be a valid integer"),
-        ({"host": "http://elsewhere"}, "host: leave it empty: each user class has its own server"),
+        ({"host": "http://elsewhere"}, "host: 'http://elsewhere': leave it empty; each user class has a server"),
         ({"records": "../taken.jsonl"}, "records: '../taken.jsonl' exists; name a new file"),
         ({"input_mean": "5000"}, "a mean length of 5000 tokens does not fit: at most 1024 (half of max_context)"),
     ],
