@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from pydantic import ValidationError
-from pydantic_settings import CliApp
+from pydantic_settings import CliApp, SettingsError
 from rich.console import Console
 
 from experiment.compare import INTERRUPTED, compare, up, write_report
@@ -64,12 +64,14 @@ def _plan(arguments: Sequence[str]) -> Plan:
             option = "--" + str(problem["loc"][0] if problem["loc"] else "").replace("_", "-")
             _say(f"{option}: {problem['input']!r}: {problem['msg']}", BAD_INPUT)
         raise SystemExit(BAD_INPUT) from None
+    except SettingsError as error:
+        raise SystemExit(_say(error, BAD_INPUT)) from None
 
 
 def _doctor(arguments: Sequence[str]) -> int:
     if arguments:
         return _say(f"doctor: takes no arguments, got {arguments[0]!r}", BAD_INPUT)
-    return doctor(console)
+    return doctor(_plan([]), console)
 
 
 def _report(arguments: Sequence[str]) -> int:

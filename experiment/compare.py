@@ -4,6 +4,7 @@ import sys
 import time
 from contextlib import suppress
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -11,7 +12,7 @@ from rich.console import Console
 from experiment.environment import describe
 from experiment.plan import Plan
 from experiment.results import ResultError
-from experiment.run import LOCUSTFILE, run_cells, write_json
+from experiment.run import LOCUSTFILE, flags, run_cells, workload_options, write_json
 from experiment.stack import RunError, Stack, end, ports_of, require_free, spawn
 
 FAILED, INTERRUPTED = 1, 130
@@ -26,7 +27,7 @@ def compare(plan: Plan, console: Console) -> int:
     folder = Path(plan.out) / f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
     try:
         for name, port in ports_of(plan).items():
-            require_free(name, port)
+            require_free(f"--{name}-port", port)
         _open(folder, plan)
     except (RunError, OSError) as error:
         return _fail(error, FAILED)
@@ -37,7 +38,7 @@ def compare(plan: Plan, console: Console) -> int:
         write_report(folder, console)
     except (ResultError, OSError) as error:
         _fail(error, FAILED, folder)
-        console.print(f"What was measured is kept; to write the report: headroom report {folder}")
+        console.print(f"What was measured is kept; to write the report: headroom report {folder}", markup=False)
         return code or FAILED
     return code
 
@@ -46,10 +47,11 @@ def up(plan: Plan, console: Console) -> int:
     """Start the servers, the monitor and Locust's web UI, and keep them up until Ctrl-C or until one ends."""
     logs = Path(plan.out) / f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-up"
     try:
-        for name, port in {**ports_of(plan), "locust": LOCUST_PORT}.items():
-            require_free(name, port)
+        for name, port in ports_of(plan).items():
+            require_free(f"--{name}-port", port)
+        require_free("the port of Locust's web UI", LOCUST_PORT)
         logs.mkdir(parents=True)
-        with Stack(plan, logs, console.print) as stack:
+        with Stack(plan, logs, partial(console.print, markup=False)) as stack:
             stack.start()
             return _serve_web_ui(plan, stack, logs, console)
     except (RunError, OSError) as error:
@@ -64,8 +66,8 @@ def write_report(folder: Path, console: Console) -> None:
     from experiment.report import write
 
     summary = write(folder)
-    console.print(summary["headline"])
-    console.print(f"The report is at {folder / 'report.html'}")
+    console.print(summary["headline"], markup=False)
+    console.print(f"The report is at {folder / 'report.html'}", markup=False)
 
 
 def _open(folder: Path, plan: Plan) -> None:
@@ -78,7 +80,7 @@ def _open(folder: Path, plan: Plan) -> None:
 
 def _run(plan: Plan, folder: Path, console: Console) -> int:
     try:
-        with Stack(plan, folder / "logs", console.print) as stack:
+        with Stack(plan, folder / "logs", partial(console.print, markup=False)) as stack:
             stack.start()
             run_cells(plan, stack, folder, console)
         _write_status(folder, "complete", None)
@@ -109,12 +111,8 @@ def _fail(why: object, code: int, folder: Path | None = None) -> int:
 
 
 def _serve_web_ui(plan: Plan, stack: Stack, logs: Path, console: Console) -> int:
-    command = [
-        *(sys.executable, "-m", "locust", "-f", str(LOCUSTFILE), "--web-port", str(LOCUST_PORT)),
-        *("--model", plan.model, "--workload", plan.workload, "--seed", str(plan.seed)),
-        *("--hf-url", stack.programs["hf"].url, "--vllm-url", stack.programs["vllm"].url),
-    ]
-    locust = spawn(command, logs / "locust.log", {})
+    options = workload_options(plan, stack) | {"seed": plan.seed, "web-port": LOCUST_PORT}
+    locust = spawn([sys.executable, "-m", "locust", "-f", str(LOCUSTFILE), *flags(options)], logs / "locust.log", {})
     console.print(f"Locust's web UI: http://127.0.0.1:{LOCUST_PORT}   stop everything: Ctrl-C")
     try:
         while locust.poll() is None:

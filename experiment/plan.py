@@ -1,5 +1,6 @@
 """What a comparison runs, defined once: the command line and the environment derive from it."""
 
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -67,6 +68,12 @@ class Plan(BaseSettings):
         if len(set(levels)) != len(levels):
             raise ValueError("each level may be given once")
         return levels
+
+    @field_validator("hf_args", "vllm_args")
+    @classmethod
+    def _is_a_command_line(cls, arguments: str) -> str:
+        shlex.split(arguments)
+        return arguments
 
     def requests(self, concurrency: int) -> int:
         """Measured requests in a cell."""

@@ -2,12 +2,14 @@
 
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import jinja2
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from experiment import stats
@@ -22,6 +24,18 @@ MAX_CLIENT_CPU_SHARE = 0.8
 MAX_CLIENT_LAG_P99_SECONDS = 0.010
 
 
+# Stated, so that a column in which a run has only nulls keeps its type.
+RECORDS_SCHEMA = pa.schema(
+    [(name, pa.int64()) for name in ("cell", "concurrency", "repeat", "index")]
+    + [(name, pa.string()) for name in ("target", "phase")]
+    + [(name, pa.int64()) for name in ("max_tokens", "scheduled_ns", "sent_ns", "end_ns", "status")]
+    + [(name, pa.int64()) for name in ("prompt_tokens", "output_tokens")]
+    + [(name, pa.string()) for name in ("token_source", "finish_reason")]
+    + [(name, pa.list_(pa.int64())) for name in ("chunk_ns", "chunk_tokens")]
+    + [(name, pa.string()) for name in ("error", "error_detail")]
+)
+
+
 class ResultError(Exception):
     """The folder is not a result folder, or cannot be read; the message says why."""
 
@@ -34,6 +48,7 @@ class CellResult:
     target: str
     concurrency: int
     repeat: int
+    planned_requests: int
     start_ns: int
     end_ns: int
     complete: bool
@@ -58,39 +73,54 @@ class Results:
         return bool(self.status["state"] != "complete")
 
 
-def load(folder: Path) -> Results:
-    """Read a result folder; raises ResultError."""
+@contextmanager
+def damage_named(path: Path) -> Iterator[None]:
+    """Turn what a damaged file raises into a ResultError that names the path."""
     try:
-        plan, environment, status = (
-            json.loads((folder / name).read_text()) for name in ("plan.json", "environment.json", "status.json")
-        )
-        cells = [_load_cell(path.parent) for path in sorted((folder / "cells").glob("*/cell.json"))]
+        yield
     except FileNotFoundError as error:
-        raise ResultError(f"{folder}: not the folder of a run: {error.filename} is missing") from None
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ResultError(f"{folder}: a file of the run is damaged: {error}") from None
-    return Results(folder, plan, environment, status, cells, _load_timeline(folder / "timeline"))
+        raise ResultError(f"{path}: not the folder of a run: {error.filename} is missing") from None
+    except (ValueError, KeyError, TypeError, AttributeError, jinja2.UndefinedError) as error:
+        raise ResultError(f"{path}: damaged: {type(error).__name__}: {error}") from None
+
+
+def load(folder: Path) -> Results:
+    """Read a result folder; raises ResultError, OSError."""
+    plan, environment, status = (_read_json(folder / f"{name}.json") for name in ("plan", "environment", "status"))
+    cells = [_load_cell(path.parent) for path in sorted((folder / "cells").glob("*/cell.json"))]
+    timeline = [_load_samples(path) for path in sorted((folder / "timeline").glob("*.arrow"))]
+    with damage_named(folder):
+        table = pa.concat_tables(timeline).unify_dictionaries() if timeline else None
+    return Results(folder, plan, environment, status, cells, table)
+
+
+def _read_json(path: Path) -> JSON:
+    with damage_named(path):
+        value = json.loads(path.read_text())
+        if not isinstance(value, dict):
+            raise TypeError(f"expected an object, got {type(value).__name__}")
+        return value
 
 
 def _load_cell(folder: Path) -> CellResult:
-    cell = json.loads((folder / "cell.json").read_text())
+    cell = _read_json(folder / "cell.json")
     path, client = folder / "records.jsonl", folder / "client.json"
-    kept = list(records.read(path)) if path.exists() else []
-    last_ns = max((record.end_ns for record in kept), default=cell["start_ns"])
-    return CellResult(
-        **{name: cell[name] for name in ("index", "target", "concurrency", "repeat", "start_ns", "complete")},
-        end_ns=cell["end_ns"] or last_ns,
-        records=kept,
-        client=json.loads(client.read_text()) if client.exists() else None,
-    )
+    with damage_named(path):
+        kept = list(records.read(path)) if path.exists() else []
+        last_ns = max((record.end_ns for record in kept), default=0)
+    with damage_named(folder / "cell.json"):
+        names = ("index", "target", "concurrency", "repeat", "planned_requests", "start_ns", "complete")
+        return CellResult(
+            **{name: cell[name] for name in names},
+            end_ns=cell["end_ns"] or max(last_ns, cell["start_ns"]),
+            records=kept,
+            client=_read_json(client) if client.exists() else None,
+        )
 
 
-def _load_timeline(folder: Path) -> pa.Table | None:
-    pieces = []
-    for path in sorted(folder.glob("*.arrow")):
-        with pa.ipc.open_stream(path.read_bytes()) as reader:
-            pieces.append(reader.read_all())
-    return pa.concat_tables(pieces).unify_dictionaries() if pieces else None
+def _load_samples(path: Path) -> pa.Table:
+    with damage_named(path), pa.ipc.open_stream(path.read_bytes()) as reader:
+        return reader.read_all()
 
 
 def write_tables(results: Results) -> None:
@@ -101,17 +131,17 @@ def write_tables(results: Results) -> None:
         for record in cell.records
     ]
     if rows:
-        pq.write_table(pa.Table.from_pylist(rows), results.folder / "records.parquet")
+        pq.write_table(pa.Table.from_pylist(rows, RECORDS_SCHEMA), results.folder / "records.parquet")
     if results.timeline is not None:
         pq.write_table(results.timeline, results.folder / "timeline.parquet")
 
 
 def analyse(results: Results) -> JSON:
     """Compute everything that a report shows; the keys are those of summary.json."""
-    levels = [_level(results, level) for level in results.plan["concurrency"]]
-    levels = [level for level in levels if level["targets"]]
     gates = list(_gates(results))
     valid = all(gate["passed"] for gate in gates)
+    levels = [_level(results, level, valid) for level in sorted(results.plan["concurrency"])]
+    levels = [level for level in levels if level["targets"]]
     return {
         "headline": _headline(levels, valid, results.partial),
         "state": results.status["state"],
@@ -119,31 +149,34 @@ def analyse(results: Results) -> JSON:
         "valid": valid,
         "gates": gates,
         "levels": levels,
-        "cells": [_cell_summary(cell) for cell in results.cells],
+        "cells": [_cell_summary(cell, results.timeline) for cell in results.cells],
     }
 
 
 def _headline(levels: Sequence[JSON], valid: bool, partial: bool) -> str:
     """One sentence on the highest level that both servers ran."""
-    compared = [level for level in levels if level["ratios"].get("output_throughput", {}).get("value")]
+    compared = [level for level in levels if level["ratios"].get("output_throughput")]
     if not compared:
         return "No comparison: there is no level that both servers ran to its end."
     level = compared[-1]
-    first, second = (level["targets"][target]["output_throughput_mean"] for target in TARGETS)
+    ratio = level["ratios"]["output_throughput"]
+    spread = (
+        f" ({min(ratio['repeats']):.2f} to {max(ratio['repeats']):.2f} in the repeats)" if ratio["repeats"][1:] else ""
+    )
     sentence = (
-        f"At concurrency {level['concurrency']} vLLM made {level['ratios']['output_throughput']['value']:.2f} times "
-        f"the output tokens per second of HF: {second:,.0f} against {first:,.0f}."
+        f"At concurrency {level['concurrency']} vLLM made {ratio['value']:.2f} times{spread} "
+        f"the output tokens per second of HF: {ratio['second']:,.0f} against {ratio['first']:,.0f}."
     )
     if partial:
         sentence = f"Partial run. {sentence}"
     return sentence if valid else f"{sentence} The comparison is not valid: see which rule failed."
 
 
-def _level(results: Results, concurrency: int) -> JSON:
+def _level(results: Results, concurrency: int, valid: bool) -> JSON:
     cells = [cell for cell in results.cells if cell.concurrency == concurrency and cell.complete]
     by_target = {target: [cell for cell in cells if cell.target == target] for target in TARGETS}
     targets = {target: _target_summary(own) for target, own in by_target.items() if own}
-    return {"concurrency": concurrency, "targets": targets, "ratios": _ratios(cells, targets)}
+    return {"concurrency": concurrency, "targets": targets, "ratios": _ratios(list(_pairs(cells)), valid)}
 
 
 def _target_summary(cells: Sequence[CellResult]) -> JSON:
@@ -170,39 +203,36 @@ def _pairs(cells: Sequence[CellResult]) -> Iterator[tuple[CellResult, CellResult
             yield first, second
 
 
-def _ratios(cells: Sequence[CellResult], targets: JSON) -> JSON:
-    pairs = list(_pairs(cells))
-    if not pairs:
-        return {}
-    valid = not any(_broken_pair(first, second) for first, second in pairs)
+def _ratios(pairs: Sequence[tuple[CellResult, CellResult]], valid: bool) -> JSON:
+    """How the second server compares with the first, over the repeats that both ran; above 1 it is better."""
     ratios: JSON = {}
     for metric in stats.LATENCIES:
-        ratio = stats.latency_ratio(
-            np.concatenate(
-                [stats.paired(stats.measured(a.records), stats.measured(b.records), metric) for a, b in pairs]
-            )
-        )
-        ratios[metric] = asdict(ratio) | ({} if valid else {"verdict": "invalid"}) if ratio else None
-    first, second = (targets[target]["output_throughput_mean"] for target in TARGETS)
-    each = zip(*(targets[target]["output_throughput"] for target in TARGETS), strict=False)
-    ratios["output_throughput"] = {
-        "value": second / first if first and second else None,
-        "repeats": [b / a for a, b in each if a and b],
-        "valid": valid,
-    }
+        repeats = [stats.paired(stats.measured(a.records), stats.measured(b.records), metric) for a, b in pairs]
+        if ratio := stats.latency_ratio(repeats):
+            ratios[metric] = asdict(ratio) | ({} if valid else {"verdict": "invalid"})
+    speeds = [(stats.output_throughput(a.records), stats.output_throughput(b.records)) for a, b in pairs]
+    known = [(a, b) for a, b in speeds if a and b]
+    if known:
+        first, second = (sum(side) / len(known) for side in zip(*known, strict=True))
+        each = [b / a for a, b in known]
+        ratios["output_throughput"] = {"value": second / first, "first": first, "second": second, "repeats": each}
     return ratios
 
 
-def _broken_pair(first: CellResult, second: CellResult) -> bool:
-    a, b = stats.measured(first.records), stats.measured(second.records)
-    return bool(stats.different_work(a, b)) or any(record.error for record in (*a, *b))
-
-
 def _gates(results: Results) -> Iterator[JSON]:
-    """The rules that make a comparison valid, each with what was found."""
-    planned = len(results.plan["concurrency"]) * results.plan["repeats"] * len(TARGETS)
-    done = sum(cell.complete for cell in results.cells)
-    yield _gate("every planned cell was run", done == planned, f"{done} of {planned}")
+    """The rules that make a comparison valid, each with what was found; evidence that is missing fails a rule."""
+    planned = [
+        (level, repeat + 1) for level in results.plan["concurrency"] for repeat in range(results.plan["repeats"])
+    ]
+    whole = {(c.concurrency, c.repeat, c.target): c for c in results.cells if c.complete and _has_all_records(c)}
+    missing = [
+        f"{target} at concurrency {level}, repeat {repeat}"
+        for level, repeat in planned
+        for target in TARGETS
+        if (level, repeat, target) not in whole
+    ]
+    found = f"missing or short: {'; '.join(missing)}" if missing else f"{len(whole)} of {len(planned) * len(TARGETS)}"
+    yield _gate("every planned cell was run, and each of its requests has a record", not missing, found)
 
     failed = stats.errors_by_kind([record for cell in results.cells for record in cell.records])
     detail = ", ".join(f"{count} {kind}" for kind, count in failed.items()) or "none failed"
@@ -210,25 +240,34 @@ def _gates(results: Results) -> Iterator[JSON]:
 
     different, compared = [], 0
     for level in results.plan["concurrency"]:
-        for first, second in _pairs([cell for cell in results.cells if cell.concurrency == level and cell.complete]):
+        for first, second in _pairs([cell for cell in whole.values() if cell.concurrency == level]):
             compared += len(first.records)
-            found = stats.different_work(first.records, second.records)
-            different += [f"concurrency {level} repeat {first.repeat} request {index}" for index in found]
+            unequal = stats.different_work(first.records, second.records)
+            different += [f"concurrency {level} repeat {first.repeat} request {index}" for index in unequal]
     detail = f"{compared} pairs, equal prompt and output tokens" if not different else "; ".join(different[:20])
     yield _gate("both servers did the same work", compared > 0 and not different, detail if compared else "no pairs")
+    yield from _client_gates(results.cells)
 
-    clients = [cell.client for cell in results.cells if cell.client]
-    cpu = max((client["cpu_share"] for client in clients), default=None)
-    lag = max((client["loop_lag_p99_seconds"] for client in clients), default=None)
+
+def _has_all_records(cell: CellResult) -> bool:
+    return len({record.index for record in cell.records}) == len(cell.records) == cell.planned_requests
+
+
+def _client_gates(cells: Sequence[CellResult]) -> Iterator[JSON]:
+    clients = [cell.client for cell in cells if cell.client]
+    silent = [str(cell.index) for cell in cells if not cell.client]
+    unknown = f"no self-check in cell {', '.join(silent)}" if silent else "no cells" if not cells else ""
+    cpu = max((client["cpu_share"] for client in clients), default=0.0)
     yield _gate(
         f"the load generator used at most {MAX_CLIENT_CPU_SHARE:.0%} of a core",
-        cpu is not None and cpu <= MAX_CLIENT_CPU_SHARE,
-        "not known" if cpu is None else f"at most {cpu:.0%}",
+        not unknown and cpu <= MAX_CLIENT_CPU_SHARE,
+        unknown or f"at most {cpu:.0%}",
     )
+    lag = max((client["loop_lag_p99_seconds"] for client in clients), default=0.0)
     yield _gate(
         f"its event loop was late by at most {MAX_CLIENT_LAG_P99_SECONDS * 1e3:.0f} ms (p99)",
-        lag is not None and lag <= MAX_CLIENT_LAG_P99_SECONDS,
-        "not known" if lag is None else f"at most {lag * 1e3:.1f} ms{_hint(clients)}",
+        not unknown and lag <= MAX_CLIENT_LAG_P99_SECONDS,
+        unknown or f"at most {lag * 1e3:.1f} ms{_hint(clients)}",
     )
 
 
@@ -242,7 +281,7 @@ def _gate(rule: str, passed: bool, found: str) -> JSON:
     return {"rule": rule, "passed": passed, "found": found}
 
 
-def _cell_summary(cell: CellResult) -> JSON:
+def _cell_summary(cell: CellResult, timeline: pa.Table | None) -> JSON:
     window = stats.steady_window(cell.records) if cell.complete else None
     return {
         "index": cell.index,
@@ -256,5 +295,15 @@ def _cell_summary(cell: CellResult) -> JSON:
         "failed": stats.errors_by_kind(cell.records),
         "window_ns": window,
         "output_throughput": stats.output_throughput(cell.records) if cell.complete else None,
+        "memory_samples_per_second": _sampling_rate(cell, timeline),
         "client": cell.client,
     }
+
+
+def _sampling_rate(cell: CellResult, timeline: pa.Table | None) -> float | None:
+    """How often the monitor sampled the memory of the server under load during its cell, per second."""
+    if timeline is None or cell.end_ns <= cell.start_ns:
+        return None
+    own = pc.and_(pc.equal(timeline["metric"], "host_rss_bytes"), pc.equal(timeline["server"], cell.target))
+    within = pc.and_(pc.greater_equal(timeline["time_ns"], cell.start_ns), pc.less(timeline["time_ns"], cell.end_ns))
+    return float(pc.sum(pc.and_(own, within)).as_py() or 0) / ((cell.end_ns - cell.start_ns) / 1e9)

@@ -15,7 +15,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
-from experiment.plan import Cell, Plan
+from experiment.plan import TARGETS, Cell, Plan
 from experiment.stack import Program, RunError, Stack, end, get, spawn
 from loadtest import records
 
@@ -44,7 +44,7 @@ def run_cells(plan: Plan, stack: Stack, folder: Path, console: Console) -> None:
             total = cell_requests(plan, cell)
             task = progress.add_task(label, total=total, left=left)
             if not console.is_terminal:
-                console.print(f"{label}, {total} requests; {left}")
+                console.print(f"{label}, {total} requests; {left}", markup=False)
             started = time.monotonic()
             _run_cell(plan, cell, stack, folder, partial(_show, progress, task))
             timeline.keep()
@@ -114,7 +114,8 @@ def _show(progress: Progress, task: TaskID, done: int) -> None:
 def _run_cell(plan: Plan, cell: Cell, stack: Stack, folder: Path, report: Callable[[int], None]) -> None:
     cell_folder = folder / "cells" / cell.name
     cell_folder.mkdir(parents=True)
-    state = asdict(cell) | {"start_ns": time.monotonic_ns(), "end_ns": None, "complete": False}
+    planned = {"planned_requests": cell_requests(plan, cell)}
+    state = asdict(cell) | planned | {"start_ns": time.monotonic_ns(), "end_ns": None, "complete": False}
     write_json(cell_folder / "cell.json", state)
     loadtest = spawn(_command(plan, cell, stack, cell_folder), cell_folder / "locust.log", {})
     program = Program("the load generator", loadtest, cell_folder / "locust.log", "")
@@ -129,28 +130,38 @@ def _run_cell(plan: Plan, cell: Cell, stack: Stack, folder: Path, report: Callab
         write_json(cell_folder / "cell.json", state)
 
 
+def workload_options(plan: Plan, stack: Stack) -> dict[str, object]:
+    """Options of the load test that are the same in all cells."""
+    return {
+        "workload": plan.workload,
+        "input-mean": plan.input_mean,
+        "output-mean": plan.output_mean,
+        "sigma": plan.sigma,
+        "max-context": stack.max_model_len(),
+        "model": plan.model,
+        **{f"{target}-url": stack.programs[target].url for target in TARGETS},
+    }
+
+
+def flags(options: dict[str, object]) -> list[str]:
+    """Options as arguments of a command line."""
+    return [f"--{name}={value}" for name, value in options.items()]
+
+
 def _command(plan: Plan, cell: Cell, stack: Stack, cell_folder: Path) -> list[str]:
-    options = {
+    options = workload_options(plan, stack) | {
         "users": cell.concurrency,
         "spawn-rate": cell.concurrency,
         "requests": plan.requests(cell.concurrency),
         "warmup": warmup(cell),
         "drain": drain(cell),
-        "workload": plan.workload,
-        "input-mean": plan.input_mean,
-        "output-mean": plan.output_mean,
-        "sigma": plan.sigma,
         "seed": cell.seed,
-        "max-context": plan.max_model_len or 2048,
-        "model": plan.model,
-        f"{cell.target}-url": stack.programs[cell.target].url,
         "records": cell_folder / "records.jsonl",
         # Failed requests are records; the exit code is for failures of the load generator itself.
         "exit-code-on-error": 0,
     }
-    flags = [text for name, value in options.items() for text in (f"--{name}", str(value))]
     locust = [sys.executable, "-m", "locust", "-f", str(LOCUSTFILE), "--headless", "--only-summary"]
-    return [*locust, *flags, cell.target.upper()]
+    return [*locust, *flags(options), cell.target.upper()]
 
 
 def _watch(

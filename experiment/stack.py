@@ -1,6 +1,7 @@
 """The servers and the monitor as processes of this machine: start, watch, stop, leave nothing behind."""
 
 import ctypes
+import json
 import os
 import shlex
 import signal
@@ -10,15 +11,19 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 
+import psutil
+
 from experiment.environment import find_gpus
-from experiment.plan import Plan
+from experiment.plan import TARGETS, Plan
 
 TAIL_LINES = 12
 STOP_SECONDS = 30
-PR_SET_PDEATHSIG = 1
+PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 
 
 class RunError(Exception):
@@ -58,6 +63,9 @@ class Stack:
         self._ready: set[str] = set()
 
     def __enter__(self) -> "Stack":
+        if sys.platform == "linux":
+            # What a killed program leaves behind becomes our child, so that `stop` finds it.
+            ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -96,16 +104,32 @@ class Stack:
             time.sleep(0.2)
         raise RunError(f"{name} does not answer at {program.url}/health. The end of {program.log}:\n{program.tail()}")
 
+    def max_model_len(self) -> int:
+        """The longest context in tokens that both servers take, as they say in /v1/models; raises RunError."""
+        limits = []
+        for name in TARGETS:
+            try:
+                limits.append(
+                    int(json.loads(get(self.programs[name].url + "/v1/models") or b"")["data"][0]["max_model_len"])
+                )
+            except (ValueError, KeyError, IndexError, TypeError) as error:
+                raise RunError(f"{name} does not say in /v1/models how long its context is: {error}") from None
+        return min(limits)
+
     def stop(self) -> None:
-        """End all programs, at the latest by force; a second Ctrl-C does not get in between."""
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        """End all programs and what they leave behind, at the latest by force; no second signal gets in between."""
+        before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
         for program in self.programs.values():
             if program.process.poll() is None:
                 program.process.terminate()
         deadline = time.monotonic() + STOP_SECONDS
         for program in self.programs.values():
             end(program.process, deadline - time.monotonic())
-        signal.signal(signal.SIGINT, before)
+        for orphan in psutil.Process().children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                orphan.kill()
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
     def _wait_until_healthy(self, program: Program, started: float) -> None:
         if program.name in self._ready:
@@ -169,7 +193,7 @@ def get(url: str, timeout_seconds: float = 5) -> bytes | None:
     try:
         with urllib.request.urlopen(url, timeout=timeout_seconds) as response:  # noqa: S310 - our own programs
             return bytes(response.read())
-    except OSError:
+    except (OSError, HTTPException):
         return None
 
 
@@ -178,15 +202,15 @@ def ports_of(plan: Plan) -> dict[str, int]:
     return {"hf": plan.hf_port, "vllm": plan.vllm_port, "monitor": plan.monitor_port}
 
 
-def require_free(name: str, port: int) -> None:
-    """Raise RunError when a port is taken."""
+def require_free(what: str, port: int) -> None:
+    """Raise RunError when a port is taken; `what` says whose it is to be."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("127.0.0.1", port))
         except OSError as error:
             reason = os.strerror(error.errno or 0).lower()
-            raise RunError(f"--{name}-port: {port}: {reason}; end the program there or choose another port") from None
+            raise RunError(f"{what}: {port}: {reason}; end the program there or choose another port") from None
 
 
 def _die_with_parent() -> None:

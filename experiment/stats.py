@@ -67,7 +67,7 @@ def steady_window(records: Sequence[Record]) -> tuple[int, int] | None:
     if not chosen:
         return None
     last_sent = max(record.sent_ns for record in records)
-    load_falls = min(record.end_ns for record in records if record.end_ns > last_sent)
+    load_falls = min((record.end_ns for record in records if record.end_ns > last_sent), default=last_sent)
     return min(record.sent_ns for record in chosen), min(load_falls, max(record.end_ns for record in chosen))
 
 
@@ -100,22 +100,38 @@ def paired(first: Sequence[Record], second: Sequence[Record], metric: str) -> Fl
     return np.array(pairs, dtype=np.float64).reshape(-1, 2)
 
 
-def latency_ratio(pairs: Floats, seed: int = 0) -> Ratio | None:
-    """Mean latency of the first server over that of the second, shape (n, 2); above 1 the second is faster.
+def latency_ratio(repeats: Sequence[Floats], seed: int = 0) -> Ratio | None:
+    """Mean latency of the first server over that of the second; above 1 the second is faster.
 
-    The 95 % interval is the percentile bootstrap over the pairs (Efron and Tibshirani, 1993, chapter 13).
+    `repeats` holds the pairs of each repeat, shape (pairs, 2). The 95 % interval is the percentile bootstrap in two
+    levels (Davison and Hinkley, 1997, section 3.8): repeats are drawn, then pairs in each, because requests of one
+    repeat share the machine's mood. None for fewer than two pairs or where a server's latencies are all zero.
     """
-    if len(pairs) < 2:
+    repeats = [pairs for pairs in repeats if len(pairs)]
+    if sum(map(len, repeats)) < 2 or not np.concatenate(repeats).mean(axis=0).all():
         return None
-    chosen = np.random.default_rng(seed).integers(0, len(pairs), (RESAMPLES, len(pairs)))
-    means = pairs[chosen].mean(axis=1)
-    low, high = (float(bound) for bound in np.percentile(means[:, 0] / means[:, 1], [2.5, 97.5]))
-    first, second = pairs.mean(axis=0)
-    return Ratio(float(first / second), low, high, verdict(low, high))
+    rng = np.random.default_rng(seed)
+    ratios = [_mean_ratio([_resampled(repeats[i], rng) for i in drawn]) for drawn in _draws(len(repeats), rng)]
+    low, high = (float(bound) for bound in np.percentile(ratios, [2.5, 97.5]))
+    each = [_mean_ratio([pairs]) for pairs in repeats]
+    return Ratio(_mean_ratio(repeats), low, high, verdict(min(low, *each), max(high, *each)))
+
+
+def _draws(count: int, rng: np.random.Generator) -> NDArray[np.int64]:
+    return rng.integers(0, count, (RESAMPLES, count))
+
+
+def _resampled(pairs: Floats, rng: np.random.Generator) -> Floats:
+    return pairs[rng.integers(0, len(pairs), len(pairs))]
+
+
+def _mean_ratio(repeats: Sequence[Floats]) -> float:
+    first, second = np.concatenate(repeats).mean(axis=0)
+    return float(first / second) if second else float("inf")
 
 
 def verdict(low: float, high: float) -> Verdict:
-    """What an interval of a ratio says of the second server."""
+    """What an interval of a ratio, and the ratios of all repeats, say of the second server."""
     if low > 1:
         return "faster"
     return "slower" if high < 1 else "no detectable difference"

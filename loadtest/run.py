@@ -133,10 +133,15 @@ class SelfCheck:
         self._probe = gevent.spawn(self._watch)
 
     def _watch(self) -> None:
+        due = time.monotonic()
         while True:
-            due = time.monotonic() + LAG_PROBE_SECONDS
-            gevent.sleep(LAG_PROBE_SECONDS)
-            self._lags.append(time.monotonic() - due)
+            due += LAG_PROBE_SECONDS
+            gevent.sleep(max(0.0, due - time.monotonic()))
+            # One lag for each time that a stall has missed, so that a long one counts for as long as it was.
+            while (now := time.monotonic()) >= due:
+                self._lags.append(now - due)
+                due += LAG_PROBE_SECONDS
+            due -= LAG_PROBE_SECONDS
 
     def finish(self) -> dict[str, object]:
         """CPU share of this process (0..1 of a core) and the loop's lag in seconds, at p50, p99 and most."""

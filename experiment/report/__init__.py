@@ -8,7 +8,7 @@ from typing import Any
 import jinja2
 
 from experiment.report import charts
-from experiment.results import JSON, Results, analyse, load, write_tables
+from experiment.results import JSON, Results, analyse, damage_named, load, write_tables
 
 NAMES = {"hf": "HF", "vllm": "vLLM"}
 METRICS = {
@@ -24,10 +24,13 @@ def write(folder: Path) -> JSON:
     Returns the summary; raises ResultError, OSError.
     """
     results = load(folder)
-    summary = analyse(results)
+    with damage_named(folder):
+        summary = analyse(results)
+        html = page(results, summary)
+        text = json.dumps(summary, indent=2, allow_nan=False)
     write_tables(results)
-    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    (folder / "report.html").write_text(page(results, summary), encoding="utf-8")
+    (folder / "summary.json").write_text(text + "\n")
+    (folder / "report.html").write_text(html, encoding="utf-8")
     return summary
 
 
@@ -59,7 +62,7 @@ def _command(plan: JSON) -> str:
     for name, value in plan.items():
         if value not in (None, ""):
             text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
-            parts += ["--" + name.replace("_", "-"), text]
+            parts.append(f"--{name.replace('_', '-')}={text}")
     return shlex.join(parts)
 
 

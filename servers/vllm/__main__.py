@@ -9,6 +9,8 @@ import threading
 import time
 import urllib.request
 from collections import deque
+from contextlib import suppress
+from http.client import HTTPException
 from typing import TextIO
 
 import psutil
@@ -107,7 +109,7 @@ def _healthy(url: str) -> bool:
     try:
         with urllib.request.urlopen(url, timeout=2) as response:  # noqa: S310 - our own server's address
             return bool(response.status == 200)
-    except OSError:
+    except (OSError, HTTPException):
         return False
 
 
@@ -117,8 +119,11 @@ def _end(process: subprocess.Popen[str]) -> None:
         process.wait(STOP_SECONDS)
     except subprocess.TimeoutExpired:
         _say(f"vLLM did not end within {STOP_SECONDS} s and is killed")
-    for child in psutil.Process().children(recursive=True):
-        child.kill()
+    while children := psutil.Process().children(recursive=True):
+        for child in children:
+            with suppress(psutil.NoSuchProcess):
+                child.kill()
+        psutil.wait_procs(children, timeout=1)
     process.wait()
 
 

@@ -45,9 +45,10 @@ def test_a_run_leaves_a_report_that_agrees_with_its_records(compare: Callable[..
     [
         ("vllm", ("VLLM::EngineCore",), "vllm ended with code 1"),
         ("vllm", ("vllm.entrypoints.openai.api_server",), "vllm ended with code 1"),
-        ("hf", ("servers.hf",), "hf was killed by signal 9"),
+        ("vllm", ("-m servers.vllm",), "vllm was killed by signal 9"),
+        ("hf", ("-m servers.hf",), "hf was killed by signal 9"),
     ],
-    ids=["vLLM's engine", "vLLM's server", "HF server"],
+    ids=["vLLM's engine", "vLLM's server", "what looks after vLLM", "HF server"],
 )
 def test_a_killed_server_ends_the_run_with_its_name_and_a_partial_report(
     compare: Callable[..., Compare], victim: str, words: tuple[str, ...], message: str

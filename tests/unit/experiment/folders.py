@@ -1,0 +1,116 @@
+"""Result folders made by hand: what a run leaves, with figures that are easy to work out."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from experiment.plan import Cell, Plan
+from experiment.run import cell_requests, warmup
+from loadtest.records import Phase, Record, RecordWriter, read
+from monitor.timeline import Instant, Series, Timeline
+
+SECOND = 10**9
+CLIENT = {"cpu_share": 0.1, "loop_lag_p99_seconds": 0.001, "goes_first": True}
+ENVIRONMENT = {
+    "python": "3.11.0",
+    "system": "Linux",
+    "processor": "a processor",
+    "cores": 2,
+    "memory_bytes": 2**33,
+    "packages": {"torch": "2.0"},
+    "gpus": [],
+    "gpu_reason": "none here",
+}
+SPEEDS = {"hf": 1.0, "vllm": 2.0}
+Speed = Callable[[Cell], float]
+
+
+def make_plan(**options: Any) -> Plan:
+    small: dict[str, Any] = {"concurrency": [2], "requests_per_user": 1, "min_requests": 4, "repeats": 2}
+    return Plan(**(small | options))
+
+
+def make_record(**changes: Any) -> Record:
+    fields: dict[str, Any] = {"index": 0, "target": "hf", "phase": "measured", "max_tokens": 4}
+    fields |= {"sent_ns": 0, "end_ns": SECOND, "status": 200, "prompt_tokens": 7, "output_tokens": 4}
+    return Record(**fields | changes)
+
+
+def cell_records(plan: Plan, cell: Cell, speed: float = 1.0) -> list[Record]:
+    """Requests of four tokens: one is sent each step of 1/speed s, and each takes as many steps as are in flight."""
+    step = round(SECOND / speed)
+    took = cell.concurrency * step
+    first, measured = warmup(cell), plan.requests(cell.concurrency)
+
+    def one(index: int) -> Record:
+        phase: Phase = "warmup" if index < first else "measured" if index < first + measured else "drain"
+        sent = cell.index * 1000 * SECOND + index * step
+        stamps = [sent + took * part // 4 for part in (1, 2, 3, 4)]
+        return make_record(
+            index=index,
+            target=cell.target,
+            phase=phase,
+            sent_ns=sent,
+            end_ns=sent + took,
+            chunk_ns=stamps,
+            chunk_tokens=[1, 1, 1, 1],
+        )
+
+    return [one(index) for index in range(cell_requests(plan, cell))]
+
+
+def write_records(path: Path, records: Sequence[Record]) -> None:
+    path.unlink(missing_ok=True)
+    writer = RecordWriter(path)
+    for record in records:
+        writer.append(record)
+    writer.close()
+
+
+def change_records(folder: Path, cell: str, change: Callable[[list[Record]], list[Record]]) -> None:
+    path = folder / "cells" / cell / "records.jsonl"
+    write_records(path, change(list(read(path))))
+
+
+def change_json(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def timeline(rows: Mapping[Series, Sequence[float]], step_ns: int = SECOND) -> pa.Table:
+    """What the monitor answers when it has sampled each series once a step."""
+    now_ns = 0
+    kept = Timeline(10_000, lambda: Instant(now_ns, now_ns))
+    for tick in range(max(map(len, rows.values()))):
+        now_ns = tick * step_ns
+        kept.append("all", {series: values[tick] for series, values in rows.items() if tick < len(values)})
+    return kept.window(0, now_ns + 1)
+
+
+def write_timeline(path: Path, table: pa.Table) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+
+
+def make_folder(
+    folder: Path, plan: Plan | None = None, *, speed: Speed = lambda cell: SPEEDS[cell.target], state: str = "complete"
+) -> Path:
+    """The folder of a run in which nothing went wrong, and vLLM was twice as fast."""
+    plan = plan or make_plan()
+    for cell in plan.cells():
+        own = folder / "cells" / cell.name
+        records = cell_records(plan, cell, speed(cell))
+        write_records(own / "records.jsonl", records)
+        times = {"start_ns": records[0].sent_ns, "end_ns": records[-1].end_ns, "complete": True}
+        planned = {"planned_requests": cell_requests(plan, cell)}
+        (own / "cell.json").write_text(json.dumps(asdict(cell) | planned | times))
+        (own / "client.json").write_text(json.dumps(CLIENT))
+    reason = None if state == "complete" else "it was stopped"
+    (folder / "plan.json").write_text(json.dumps(plan.model_dump()))
+    (folder / "environment.json").write_text(json.dumps(ENVIRONMENT))
+    (folder / "status.json").write_text(json.dumps({"state": state, "reason": reason}))
+    return folder

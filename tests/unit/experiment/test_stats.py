@@ -1,0 +1,255 @@
+"""From records to figures, against figures worked out by hand and against known truths."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from experiment import stats
+from experiment.stats import Floats
+from loadtest.records import Record
+from tests.unit.experiment.folders import SECOND, make_record
+
+MILLI = SECOND // 1000
+
+
+def pairs(*rows: tuple[float, float]) -> Floats:
+    return np.array(rows, dtype=np.float64).reshape(-1, 2)
+
+
+@pytest.fixture
+def few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stats, "RESAMPLES", 200)
+
+
+def simulate(rng: np.random.Generator, ratio: float, requests: int = 20, repeats: int = 2) -> list[Floats]:
+    """Repeats in which both servers' latencies come from one distribution, the first's times the ratio."""
+    drawn = [rng.lognormal(0, 0.5, (requests, 2)) for _ in range(repeats)]
+    return [pairs * np.array([ratio, 1.0]) for pairs in drawn]
+
+
+def test_equal_servers_seldom_get_a_verdict(few_resamples: None) -> None:
+    rng = np.random.default_rng(7)
+    ratios = [stats.latency_ratio(simulate(rng, 1.0)) for _ in range(200)]
+    verdicts = Counter(ratio.verdict for ratio in ratios if ratio)
+    assert sum(verdicts.values()) == 200
+    assert verdicts["no detectable difference"] >= 180, verdicts
+
+
+@pytest.mark.parametrize(("truth", "verdict"), [(2.0, "faster"), (0.5, "slower")])
+def test_a_true_difference_of_two_is_found_within_the_interval(few_resamples: None, truth: float, verdict: str) -> None:
+    rng = np.random.default_rng(8)
+    found = [stats.latency_ratio(simulate(rng, truth)) for _ in range(40)]
+    assert Counter(ratio.verdict for ratio in found if ratio)[verdict] >= 38  # type: ignore[index]
+    inside = [ratio for ratio in found if ratio and (ratio.low or 0) <= truth <= (ratio.high or 0)]
+    assert len(inside) >= 28
+
+
+def test_the_ratio_is_of_the_means_over_all_pairs() -> None:
+    ratio = stats.latency_ratio([pairs((2, 1), (4, 2)), pairs((6, 3), (8, 4))])
+    assert ratio is not None
+    assert ratio.value == 2.0  # (2 + 4 + 6 + 8) / (1 + 2 + 3 + 4)
+
+
+def test_equal_pairs_leave_no_room_for_chance() -> None:
+    ratio = stats.latency_ratio([pairs(*[(3, 1)] * 5), pairs(*[(3, 1)] * 5)])
+    assert ratio == stats.Ratio(3.0, 3.0, 3.0, "faster")
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_no_verdict_when_one_repeat_says_the_opposite(flip: bool) -> None:
+    # The whole of it is far on one side; only the small repeat is on the other.
+    repeats = [pairs(*[(5, 1)] * 50), pairs(*[(5, 1)] * 50), pairs((0.9, 1))]
+    ratio = stats.latency_ratio([p[:, ::-1] for p in repeats] if flip else repeats)
+    assert ratio is not None
+    assert ratio.value < 0.3 if flip else ratio.value > 3
+    assert ratio.verdict == "no detectable difference"
+
+
+def test_repeats_that_differ_widen_the_interval() -> None:
+    calm = stats.latency_ratio([pairs(*[(2, 1)] * 20), pairs(*[(2, 1)] * 20)])
+    moody = stats.latency_ratio([pairs(*[(1.5, 1)] * 20), pairs(*[(2.5, 1)] * 20)])
+    assert calm is not None
+    assert moody is not None
+    assert calm.value == moody.value == 2.0
+    # The draws of one repeat alone are a quarter each, so that both of them are inside the interval.
+    assert (calm.low, calm.high) == (2.0, 2.0)
+    assert (moody.low, moody.high) == (1.5, 2.5)
+
+
+def test_the_same_seed_gives_the_same_interval() -> None:
+    repeats = simulate(np.random.default_rng(1), 1.5)
+    assert stats.latency_ratio(repeats, seed=3) == stats.latency_ratio(repeats, seed=3)
+    assert stats.latency_ratio(repeats, seed=3) != stats.latency_ratio(repeats, seed=4)
+
+
+@pytest.mark.parametrize(
+    "repeats",
+    [
+        pytest.param([], id="no repeat"),
+        pytest.param([pairs()], id="no pair"),
+        pytest.param([pairs((2, 1))], id="one pair"),
+        pytest.param([pairs(), pairs((2, 1))], id="one pair, in the second repeat"),
+        pytest.param([pairs((2, 0), (3, 0))], id="the second server took no time"),
+        pytest.param([pairs((0, 2), (0, 3))], id="the first server took no time"),
+    ],
+)
+def test_no_ratio_without_two_pairs_and_two_means(repeats: list[Floats]) -> None:
+    assert stats.latency_ratio(repeats) is None
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.tuples(st.floats(0.01, 100), st.floats(0.01, 100)), min_size=2, max_size=8))
+def test_the_interval_holds_the_ratio_of_one_repeat_within_its_extremes(rows: list[tuple[float, float]]) -> None:
+    ratio = stats.latency_ratio([pairs(*rows)])
+    assert ratio is not None
+    assert ratio.low is not None
+    assert ratio.high is not None
+    each = [a / b for a, b in rows]
+    assert min(each) * 0.999 <= ratio.low <= ratio.high <= max(each) * 1.001
+    assert (ratio.verdict == "faster") == (ratio.low > 1 and ratio.value > 1)
+
+
+def test_percentiles_are_exact() -> None:
+    summary = stats.summarize([float(value) for value in range(101)])
+    assert summary == stats.Summary(count=101, mean=50.0, p50=50.0, p90=90.0, p99=99.0)
+
+
+def test_the_order_of_values_does_not_matter() -> None:
+    assert stats.summarize([3.0, 1.0, 2.0]) == stats.summarize([1.0, 2.0, 3.0])
+
+
+def test_no_values_have_no_distribution() -> None:
+    assert stats.summarize([]) is None
+
+
+def one(index: int, phase: str, sent: float, end: float, *chunks: float, **changes: object) -> Record:
+    """A record by its times in seconds, one token a chunk."""
+    stamps = [round(chunk * SECOND) for chunk in chunks]
+    return make_record(
+        **(
+            {
+                "index": index,
+                "phase": phase,
+                "sent_ns": round(sent * SECOND),
+                "end_ns": round(end * SECOND),
+                "chunk_ns": stamps,
+                "chunk_tokens": [1] * len(stamps),
+                "output_tokens": len(stamps),
+            }
+            | changes
+        )
+    )
+
+
+# Two in flight: the window is from 1 s (the first measured is sent) to 4 s (the last measured ends).
+LOAD = [
+    one(0, "warmup", 0.0, 2.0, 0.5, 1.0, 1.5, 2.0),
+    one(1, "measured", 1.0, 3.0, 1.5, 2.0, 2.5, 3.0),
+    one(2, "measured", 2.0, 4.0, 2.5, 3.0, 3.5, 4.0),
+    one(3, "drain", 3.0, 5.0, 3.5, 4.0, 4.5, 5.0),
+]
+
+
+def test_the_window_is_from_the_first_measured_request_to_where_the_load_falls() -> None:
+    assert stats.steady_window(LOAD) == (1 * SECOND, 4 * SECOND)
+
+
+def test_the_window_ends_with_the_measured_requests_while_others_keep_the_load_up() -> None:
+    assert stats.steady_window([*LOAD[:3], one(3, "drain", 3.0, 9.0), one(4, "drain", 4.5, 9.5)]) == (
+        1 * SECOND,
+        4 * SECOND,
+    )
+
+
+def test_the_window_ends_when_the_load_falls_before_the_last_measured_request_ends() -> None:
+    long = one(2, "measured", 2.0, 8.0, 8.0)
+    assert stats.steady_window([LOAD[0], LOAD[1], long, LOAD[3]]) == (1 * SECOND, 5 * SECOND)
+
+
+def test_there_is_no_window_without_measured_requests() -> None:
+    assert stats.steady_window([]) is None
+    assert stats.steady_window([LOAD[0], LOAD[3]]) is None
+    assert stats.output_throughput([LOAD[0], LOAD[3]]) is None
+
+
+def test_a_window_without_length_has_no_throughput() -> None:
+    assert stats.output_throughput([one(0, "measured", 1.0, 1.0, 1.0)]) is None
+
+
+def test_requests_of_every_phase_count_where_they_overlap_the_window() -> None:
+    # Warm-up at 1.5 and 2.0 (the token at 1.0 came as the window opened), 4 + 4 measured, drain at 3.5 and 4.0.
+    assert stats.output_throughput(LOAD) == 12 / 3
+
+
+def test_a_failed_request_counts_no_tokens() -> None:
+    failed = one(1, "measured", 1.0, 3.0, 1.5, 2.0, error="truncated")
+    assert stats.output_throughput([LOAD[0], failed, *LOAD[2:]]) == 8 / 3
+
+
+def test_chunks_count_by_their_tokens() -> None:
+    uneven = one(1, "measured", 1.0, 3.0, 1.5, 3.0, chunk_tokens=[5, 2], output_tokens=7)
+    assert stats.output_throughput([LOAD[0], uneven, *LOAD[2:]]) == (12 - 4 + 7) / 3
+
+
+def test_tokens_are_spread_over_chunks_that_do_not_say_theirs() -> None:
+    # Ten tokens over four chunks, of which those at 3.5 and 4.0 are inside the window.
+    silent = one(3, "drain", 3.0, 5.0, 3.5, 4.0, 4.5, 5.0, chunk_tokens=[], output_tokens=10)
+    assert stats.output_throughput([*LOAD[:3], silent]) == (12 - 2 + 5) / 3
+
+
+def test_a_request_of_an_unknown_number_of_tokens_counts_none() -> None:
+    unknown = one(3, "drain", 3.0, 5.0, 3.5, 4.0, chunk_tokens=[], output_tokens=None)
+    assert stats.output_throughput([*LOAD[:3], unknown]) == (12 - 2) / 3
+
+
+def test_errors_are_counted_by_kind() -> None:
+    records = [make_record(error=kind) for kind in ("timeout", "reset", None, "timeout")]
+    assert stats.errors_by_kind(records) == {"timeout": 2, "reset": 1}
+    assert stats.errors_by_kind([make_record()]) == {}
+
+
+def test_the_same_work_in_another_order_is_no_difference() -> None:
+    records = [make_record(index=index, output_tokens=index + 1) for index in range(3)]
+    assert stats.different_work(records, records[::-1]) == []
+
+
+@pytest.mark.parametrize("change", [{"prompt_tokens": 8}, {"output_tokens": 5}, {"prompt_tokens": None}])
+def test_other_counts_are_different_work(change: dict[str, int | None]) -> None:
+    first = [make_record(index=index) for index in range(3)]
+    second = [first[0], make_record(index=1, **change), first[2]]
+    assert stats.different_work(first, second) == [1]
+    assert stats.different_work(second, first) == [1]
+
+
+@pytest.mark.parametrize("name", ["prompt_tokens", "output_tokens"])
+def test_counts_that_nobody_knows_are_not_proof_of_equal_work(name: str) -> None:
+    unknown = [make_record(index=4, **{name: None})]
+    assert stats.different_work(unknown, unknown) == [4]
+
+
+def test_a_request_that_one_side_lacks_is_different_work() -> None:
+    records = [make_record(index=index) for index in range(3)]
+    assert stats.different_work(records, records[:2]) == [2]
+    assert stats.different_work(records[1:], records) == [0]
+
+
+def test_requests_pair_by_their_index() -> None:
+    first = [one(0, "measured", 0.0, 2.0, 1.0, 2.0), one(1, "measured", 0.0, 4.0, 3.0, 4.0)]
+    second = [one(1, "measured", 0.0, 1.0, 0.5, 1.0), one(0, "measured", 0.0, 0.5, 0.25, 0.5)]
+    assert stats.paired(first, second, "e2e_seconds").tolist() == [[2.0, 0.5], [4.0, 1.0]]
+    assert stats.paired(first, second, "ttft_seconds").tolist() == [[1.0, 0.25], [3.0, 0.5]]
+
+
+def test_a_request_that_failed_on_either_side_has_no_pair() -> None:
+    good = [one(index, "measured", 0.0, 1.0, 0.5, 1.0) for index in range(3)]
+    failed = [good[0], one(1, "measured", 0.0, 1.0, 0.5, error="reset"), good[2]]
+    assert len(stats.paired(good, failed, "ttft_seconds")) == len(stats.paired(failed, good, "ttft_seconds")) == 2
+    assert stats.paired(good, [], "ttft_seconds").shape == (0, 2)
+
+
+def test_only_measured_requests_enter_statistics_and_failed_ones_are_among_them() -> None:
+    failed = one(2, "measured", 2.0, 4.0, error="reset")
+    assert stats.measured([LOAD[0], LOAD[1], failed, LOAD[3]]) == [LOAD[1], failed]
