@@ -19,18 +19,13 @@ def pairs(*rows: tuple[float, float]) -> Floats:
     return np.array(rows, dtype=np.float64).reshape(-1, 2)
 
 
-@pytest.fixture
-def few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stats, "RESAMPLES", 200)
-
-
 def simulate(rng: np.random.Generator, ratio: float, requests: int = 20, repeats: int = 2) -> list[Floats]:
     """Repeats in which both servers' latencies come from one distribution, the first's times the ratio."""
     drawn = [rng.lognormal(0, 0.5, (requests, 2)) for _ in range(repeats)]
     return [pairs * np.array([ratio, 1.0]) for pairs in drawn]
 
 
-def test_equal_servers_seldom_get_a_verdict(few_resamples: None) -> None:
+def test_equal_servers_seldom_get_a_verdict() -> None:
     rng = np.random.default_rng(7)
     ratios = [stats.latency_ratio(simulate(rng, 1.0)) for _ in range(200)]
     verdicts = Counter(ratio.verdict for ratio in ratios if ratio)
@@ -39,7 +34,7 @@ def test_equal_servers_seldom_get_a_verdict(few_resamples: None) -> None:
 
 
 @pytest.mark.parametrize(("truth", "verdict"), [(2.0, "faster"), (0.5, "slower")])
-def test_a_true_difference_of_two_is_found_within_the_interval(few_resamples: None, truth: float, verdict: str) -> None:
+def test_a_true_difference_of_two_is_found_within_the_interval(truth: float, verdict: str) -> None:
     rng = np.random.default_rng(8)
     found = [stats.latency_ratio(simulate(rng, truth)) for _ in range(40)]
     assert Counter(ratio.verdict for ratio in found if ratio)[verdict] >= 38  # type: ignore[index]
@@ -60,11 +55,13 @@ def test_equal_pairs_leave_no_room_for_chance() -> None:
 
 @pytest.mark.parametrize("flip", [False, True])
 def test_no_verdict_when_one_repeat_says_the_opposite(flip: bool) -> None:
-    # The whole of it is far on one side; only the small repeat is on the other.
-    repeats = [pairs(*[(5, 1)] * 50), pairs(*[(5, 1)] * 50), pairs((0.9, 1))]
+    # The interval is far on one side; only the one small repeat is on the other.
+    repeats = [*[pairs(*[(5, 1)] * 9)] * 9, pairs((0.9, 1))]
     ratio = stats.latency_ratio([p[:, ::-1] for p in repeats] if flip else repeats)
     assert ratio is not None
-    assert ratio.value < 0.3 if flip else ratio.value > 3
+    assert ratio.low is not None
+    assert ratio.high is not None
+    assert ratio.high < 1 if flip else ratio.low > 1
     assert ratio.verdict == "no detectable difference"
 
 
@@ -100,7 +97,7 @@ def test_no_ratio_without_two_pairs_and_two_means(repeats: list[Floats]) -> None
     assert stats.latency_ratio(repeats) is None
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(st.lists(st.tuples(st.floats(0.01, 100), st.floats(0.01, 100)), min_size=2, max_size=8))
 def test_the_interval_holds_the_ratio_of_one_repeat_within_its_extremes(rows: list[tuple[float, float]]) -> None:
     ratio = stats.latency_ratio([pairs(*rows)])

@@ -1,0 +1,277 @@
+"""From a result folder to figures and verdicts, and what makes a comparison invalid."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from experiment.plan import Plan
+from experiment.results import JSON, ResultError, analyse, load, write_tables
+from loadtest.records import Record
+from monitor.timeline import Series
+from tests.unit.experiment.folders import (
+    CLIENT,
+    SPEEDS,
+    change_json,
+    change_records,
+    make_folder,
+    make_plan,
+    timeline,
+    write_timeline,
+)
+
+FIRST = "01-hf-c2-r1"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return make_folder(tmp_path)
+
+
+def summary_of(folder: Path) -> JSON:
+    return analyse(load(folder))
+
+
+def verdicts(summary: JSON) -> set[str]:
+    ratios = [ratio for level in summary["levels"] for ratio in level["ratios"].values()]
+    return {ratio["verdict"] for ratio in ratios if ratio and "verdict" in ratio}
+
+
+def failed_gates(summary: JSON) -> list[str]:
+    return [f"{gate['rule']}: {gate['found']}" for gate in summary["gates"] if not gate["passed"]]
+
+
+def changed(record: Record, **changes: Any) -> Record:
+    return Record(**{name: getattr(record, name) for name in record.__slots__} | changes)
+
+
+def failed(records: list[Record], index: int) -> list[Record]:
+    return [changed(r, error="timeout") if r.index == index else r for r in records]
+
+
+def longer(records: list[Record], index: int) -> list[Record]:
+    return [changed(r, output_tokens=5, chunk_tokens=[1, 1, 1, 2]) if r.index == index else r for r in records]
+
+
+def test_a_run_without_fault_is_valid_and_vllm_is_twice_as_fast(folder: Path) -> None:
+    summary = summary_of(folder)
+    assert failed_gates(summary) == []
+    assert summary["valid"] is True
+    assert verdicts(summary) == {"faster"}
+    (level,) = summary["levels"]
+    assert level["ratios"]["ttft_seconds"]["value"] == pytest.approx(2)
+    assert level["ratios"]["output_throughput"]["value"] == pytest.approx(2)
+    assert level["ratios"]["output_throughput"]["repeats"] == pytest.approx([2, 2])
+
+
+def test_figures_of_a_server_are_those_of_its_measured_requests(folder: Path) -> None:
+    (level,) = summary_of(folder)["levels"]
+    hf = level["targets"]["hf"]
+    assert (hf["requests"], hf["failed"]) == (2 * 4, {})
+    # Each request takes 2 s for its four tokens; two are in flight, so that four tokens come a second.
+    assert hf["output_throughput"] == [4.0, 4.0]
+    assert (hf["ttft_seconds"]["mean"], hf["e2e_seconds"]["p99"], hf["tpot_seconds"]["p50"]) == (0.5, 2.0, 0.5)
+
+
+@pytest.mark.parametrize(("state", "start"), [("complete", "At concurrency 2 "), ("partial", "Partial")])
+def test_the_headline_says_whether_the_run_is_partial(tmp_path: Path, state: str, start: str) -> None:
+    summary = summary_of(make_folder(tmp_path, state=state))
+    assert summary["headline"].startswith(start)
+    assert summary["state"] == state
+
+
+def test_a_run_that_was_killed_is_partial(tmp_path: Path) -> None:
+    assert load(make_folder(tmp_path, state="running")).partial
+
+
+def test_the_headline_shows_the_range_over_the_repeats(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path, speed=lambda cell: 1.0 if cell.target == "hf" else 1.0 + cell.repeat)
+    headline = summary_of(folder)["headline"]
+    # 4 tokens/s of HF in both repeats, 8 and 12 of vLLM.
+    for part in ("At concurrency 2 ", "2.50 times", "2.00 to 3.00", "10 against 4"):
+        assert part in headline
+
+
+def test_the_headline_is_of_the_highest_level_that_both_ran(tmp_path: Path) -> None:
+    plan = make_plan(concurrency=[2, 8, 1], repeats=1)
+    folder = make_folder(tmp_path, plan, state="partial")
+    shutil.rmtree(folder / "cells" / "04-vllm-c8-r1")
+    summary = summary_of(folder)
+    assert "At concurrency 2 " in summary["headline"]
+    lonely = next(level for level in summary["levels"] if level["concurrency"] == 8)
+    assert list(lonely["targets"]) == ["hf"]
+    assert not lonely["ratios"]
+
+
+def test_a_level_that_no_server_ran_is_left_out(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path, make_plan(concurrency=[1, 2], repeats=1), state="partial")
+    for name in ("03-hf-c2-r1", "04-vllm-c2-r1"):
+        shutil.rmtree(folder / "cells" / name)
+    assert [level["concurrency"] for level in summary_of(folder)["levels"]] == [1]
+
+
+def test_a_run_in_which_nothing_was_measured_compares_nothing(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path, state="partial")
+    shutil.rmtree(folder / "cells")
+    summary = summary_of(folder)
+    assert summary["headline"].startswith("No comparison")
+    assert (summary["levels"], summary["cells"], summary["valid"]) == ([], [], False)
+
+
+def test_a_server_that_ran_twice_is_compared_only_where_the_other_ran_too(folder: Path) -> None:
+    shutil.rmtree(folder / "cells" / "03-vllm-c2-r2")
+    (level,) = summary_of(folder)["levels"]
+    assert len(level["ratios"]["output_throughput"]["repeats"]) == 1
+
+
+def lose_client(folder: Path) -> None:
+    (folder / "cells" / FIRST / "client.json").unlink()
+
+
+def lose_record(folder: Path) -> None:
+    # On both servers, so that the work is equal and only the plan tells.
+    for name in (FIRST, "02-vllm-c2-r1"):
+        change_records(folder, name, lambda records: [r for r in records if r.index != 3])
+
+
+def lose_warmup_record(folder: Path) -> None:
+    for name in (FIRST, "02-vllm-c2-r1"):
+        change_records(folder, name, lambda records: records[1:])
+
+
+def lose_cell(folder: Path) -> None:
+    shutil.rmtree(folder / "cells" / FIRST)
+
+
+def lose_repeat(folder: Path) -> None:
+    shutil.rmtree(folder / "cells" / "03-vllm-c2-r2")
+    shutil.rmtree(folder / "cells" / "04-hf-c2-r2")
+
+
+def repeat_record(folder: Path) -> None:
+    change_records(folder, FIRST, lambda records: [*records[:-1], records[0]])
+
+
+def cut_cell(folder: Path) -> None:
+    change_json(folder / "cells" / FIRST / "cell.json", complete=False)
+
+
+def fail_request(folder: Path) -> None:
+    change_records(folder, FIRST, lambda records: failed(records, 3))
+
+
+def do_other_work(folder: Path) -> None:
+    change_records(folder, FIRST, lambda records: longer(records, 3))
+
+
+def burn_client(folder: Path) -> None:
+    change_json(folder / "cells" / FIRST / "client.json", cpu_share=0.95)
+
+
+def delay_client(folder: Path) -> None:
+    change_json(folder / "cells" / FIRST / "client.json", loop_lag_p99_seconds=0.2)
+
+
+@pytest.mark.parametrize(
+    ("harm", "rule"),
+    [
+        (lose_client, "load generator"),
+        (lose_record, "every planned cell"),
+        (lose_warmup_record, "every planned cell"),
+        (repeat_record, "every planned cell"),
+        (lose_cell, "every planned cell"),
+        (lose_repeat, "every planned cell"),
+        (cut_cell, "every planned cell"),
+        (fail_request, "every request was answered: 1 timeout"),
+        (do_other_work, "the same work: concurrency 2 repeat 1 request 3"),
+        (burn_client, "load generator used at most 80% of a core: at most 95%"),
+        (delay_client, "event loop was late by at most 10 ms (p99): at most 200.0 ms"),
+    ],
+)
+def test_one_fault_makes_every_verdict_invalid_and_says_which_rule_failed(folder: Path, harm: Any, rule: str) -> None:
+    harm(folder)
+    summary = summary_of(folder)
+    assert any(rule in gate for gate in failed_gates(summary)), failed_gates(summary)
+    assert summary["valid"] is False
+    assert verdicts(summary) == {"invalid"}
+    assert "not valid" in summary["headline"]
+
+
+def test_a_fault_at_one_level_makes_the_verdicts_at_all_levels_invalid(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path, make_plan(concurrency=[1, 2], repeats=1))
+    change_records(folder, "01-hf-c1-r1", lambda records: failed(records, 3))
+    summary = summary_of(folder)
+    assert len(summary["levels"]) == 2
+    assert verdicts(summary) == {"invalid"}
+
+
+def test_a_failed_request_is_counted_and_has_no_latency(folder: Path) -> None:
+    fail_request(folder)
+    (level,) = summary_of(folder)["levels"]
+    hf = level["targets"]["hf"]
+    assert (hf["requests"], hf["failed"], hf["ttft_seconds"]["count"]) == (8, {"timeout": 1}, 7)
+
+
+def test_a_client_that_was_not_let_first_is_hinted_at(folder: Path) -> None:
+    change_json(folder / "cells" / FIRST / "client.json", goes_first=False)
+    assert any("CAP_SYS_NICE" in gate["found"] for gate in summary_of(folder)["gates"])
+
+
+def test_a_cell_that_was_killed_ends_with_its_last_record(folder: Path) -> None:
+    change_json(folder / "cells" / FIRST / "cell.json", complete=False, end_ns=None)
+    cell = load(folder).cells[0]
+    assert cell.end_ns == max(record.end_ns for record in cell.records)
+    assert cell.complete is False
+
+
+def test_cells_are_read_in_the_order_in_which_they_ran(folder: Path) -> None:
+    cells = load(folder).cells
+    assert [(cell.target, cell.repeat) for cell in cells] == [("hf", 1), ("vllm", 1), ("vllm", 2), ("hf", 2)]
+    assert cells[0].client == CLIENT
+
+
+def test_pieces_of_the_timeline_are_put_together(folder: Path) -> None:
+    pss = Series("host_pss_bytes", server="hf")
+    whole = timeline({pss: [1.0, 2.0], Series("host_pss_bytes", server="vllm"): [3.0, 4.0]})
+    write_timeline(folder / "timeline" / "1.arrow", whole.slice(0, 2))
+    write_timeline(folder / "timeline" / "2.arrow", whole.slice(2))
+    table = load(folder).timeline
+    assert table is not None
+    assert table["value"].to_pylist() == [1.0, 3.0, 2.0, 4.0]
+
+
+def test_a_run_without_a_timeline_has_none(folder: Path) -> None:
+    assert load(folder).timeline is None
+
+
+def test_tables_hold_every_request_and_every_sample(folder: Path) -> None:
+    write_timeline(folder / "timeline" / "1.arrow", timeline({Series("host_pss_bytes", server="hf"): [1.0, 2.0]}))
+    write_tables(load(folder))
+    rows = pq.read_table(folder / "records.parquet").to_pylist()
+    assert len(rows) == 4 * 7
+    assert {(row["cell"], row["target"], row["repeat"]) for row in rows} == {
+        (1, "hf", 1),
+        (2, "vllm", 1),
+        (3, "vllm", 2),
+        (4, "hf", 2),
+    }
+    assert pq.read_table(folder / "timeline.parquet")["value"].to_pylist() == [1.0, 2.0]
+
+
+def test_the_summary_is_the_same_from_the_same_records(folder: Path) -> None:
+    assert json.dumps(summary_of(folder)) == json.dumps(summary_of(folder))
+
+
+@pytest.mark.parametrize("name", ["plan.json", "environment.json", "status.json"])
+def test_a_folder_that_lacks_a_file_of_a_run_is_refused_and_the_file_named(folder: Path, name: str) -> None:
+    (folder / name).unlink()
+    with pytest.raises(ResultError, match=name):
+        load(folder)
+
+
+def test_speeds_of_the_made_folder_are_those_that_the_tests_expect() -> None:
+    assert SPEEDS["vllm"] / SPEEDS["hf"] == 2
+    assert Plan.model_validate(make_plan().model_dump()) == make_plan()
