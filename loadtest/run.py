@@ -40,6 +40,8 @@ class Run:
     def next_request(self, target: str) -> Request | None:
         """The next request for a target, or None when all were handed out."""
         request = next(self._requests[target])
+        if request.index == self.options.warmup:
+            self._self_check.begin()
         return request if self._total is None or request.index < self._total else None
 
     def perform(self, target: str, request: Request, connection: Connection, model: str) -> Record:
@@ -123,14 +125,18 @@ def go_first() -> bool:
 
 
 class SelfCheck:
-    """Measures the client's own CPU share and the lag of its event loop."""
+    """Measures the client's own CPU share and the lag of its event loop, from the first measured request on."""
 
     def __init__(self) -> None:
         self._goes_first = go_first()
+        self._probe = gevent.spawn(self._watch)
+        self.begin()
+
+    def begin(self) -> None:
+        """Forget what was measured so far: the warm-up."""
         self._lags: list[float] = []
         self._started = time.monotonic()
         self._cpu = time.process_time()
-        self._probe = gevent.spawn(self._watch)
 
     def _watch(self) -> None:
         due = time.monotonic()
