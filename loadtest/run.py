@@ -1,5 +1,6 @@
 """One run: hands out requests in order, sends them, keeps the records and watches the client itself."""
 
+import gc
 import json
 import os
 import time
@@ -35,6 +36,9 @@ class Run:
         self._ended: Counter[str] = Counter()
         self._on_end = on_end
         self._writer = RecordWriter(self.path)
+        # A full collection walks all that Locust has loaded: the loop would stand still for 20 to 30 ms each time.
+        gc.collect()
+        gc.freeze()
         self._self_check = SelfCheck()
 
     def next_request(self, target: str) -> Request | None:
