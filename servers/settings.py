@@ -22,6 +22,8 @@ class ServerSettings(BaseSettings):
     dtype: Dtype = Field("auto", description="weights and KV cache; auto: float32 on CPU, bfloat16 on GPU")
     max_model_len: int | None = Field(None, ge=2, description="prompt + output tokens; default: the model's own limit")
     threads: int | None = Field(None, ge=1, description="CPU threads for the model; default: all cores but one")
+    kv_budget: int | None = Field(None, ge=1, description="most bytes of KV cache; default: the engine's own choice")
+    per_request_metrics: bool = Field(False, description="say in each response how long it waited and ran")
 
 
 Settings = TypeVar("Settings", bound=BaseSettings)

@@ -10,6 +10,7 @@ import time
 import urllib.request
 from collections import deque
 from contextlib import suppress
+from dataclasses import dataclass, field
 from http.client import HTTPException
 from typing import TextIO
 
@@ -17,7 +18,16 @@ import psutil
 
 from servers.models import ModelError, resolve
 from servers.settings import fail, listen, parse
-from servers.vllm.launch import PROGRAM, Settings, arguments, built_for_cpu, environment
+from servers.vllm.launch import (
+    PROGRAM,
+    Settings,
+    arguments,
+    built_for_cpu,
+    environment,
+    explained,
+    raised,
+    second_size,
+)
 
 PROGRESS_SECONDS = 10
 STOP_SECONDS = 20
@@ -29,6 +39,9 @@ def main() -> None:
     """Run vLLM until it ends or a signal ends it; exits with 0 only in the second case."""
     settings = parse(Settings, PROGRAM, sys.argv[1:])
     gpu = not built_for_cpu()
+    if other := second_size(settings, gpu, os.environ):
+        print(f"{PROGRAM}: --kv-budget {settings.kv_budget}: {other} sizes the KV cache too; give one", file=sys.stderr)
+        raise SystemExit(2)
     try:
         model = resolve(settings.model)
         listen(settings.host, settings.port).close()
@@ -50,6 +63,22 @@ def main() -> None:
     raise SystemExit(_look_after(process, settings))
 
 
+@dataclass
+class Output:
+    """What vLLM has written so far: its last lines and the first error."""
+
+    tail: deque[str] = field(default_factory=lambda: deque(maxlen=TAIL_LINES))
+    error: str | None = None
+
+    def copy(self, stream: TextIO) -> None:
+        """Keep what the stream says and pass it on, until its end."""
+        for line in stream:
+            self.tail.append(line)
+            self.error = self.error or raised(line)
+            sys.stdout.write(line)
+            sys.stdout.flush()
+
+
 def _look_after(process: subprocess.Popen[str], settings: Settings) -> int:
     stopping = threading.Event()
 
@@ -59,11 +88,11 @@ def _look_after(process: subprocess.Popen[str], settings: Settings) -> int:
 
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
-    tail: deque[str] = deque(maxlen=TAIL_LINES)
+    output = Output()
     assert process.stdout  # noqa: S101 - it is piped
-    reader = threading.Thread(target=_copy, args=(process.stdout, tail), daemon=True)
+    reader = threading.Thread(target=output.copy, args=(process.stdout,), daemon=True)
     reader.start()
-    ready = _wait_until_healthy(process, settings, tail, stopping)
+    ready = _wait_until_healthy(process, settings, output.tail, stopping)
     if not ready and process.poll() is None:
         process.terminate()
     while process.poll() is None and not stopping.wait(1.0) and ready:
@@ -74,15 +103,12 @@ def _look_after(process: subprocess.Popen[str], settings: Settings) -> int:
         return 0
     what = "ended" if ready else "did not become healthy and ended"
     print(f"{PROGRAM}: vLLM {what}, exit code {process.returncode}. Its last lines:", file=sys.stderr)
-    print("".join(f"  {line}" for line in tail), file=sys.stderr, flush=True)
+    print("".join(f"  {line}" for line in output.tail), file=sys.stderr)
+    if output.error and not ready:
+        # The tail ends in the traceback of another process than the one that failed.
+        print(f"{PROGRAM}: {explained(settings, output.error)}", file=sys.stderr)
+    sys.stderr.flush()
     return 1
-
-
-def _copy(stream: TextIO, tail: deque[str]) -> None:
-    for line in stream:
-        tail.append(line)
-        sys.stdout.write(line)
-        sys.stdout.flush()
 
 
 def _wait_until_healthy(

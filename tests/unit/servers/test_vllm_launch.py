@@ -6,7 +6,8 @@ import pytest
 
 from servers.models import Model
 from servers.settings import parse
-from servers.vllm.launch import PROGRAM, Settings, arguments, environment
+from servers.vllm.__main__ import main
+from servers.vllm.launch import PROGRAM, Settings, arguments, environment, explained, raised, second_size
 
 GPT2 = Model("gpt2", "gpt2")
 RANDOM = Model("random:llama-7b", "/cache/llama", weights=False)
@@ -38,6 +39,56 @@ def test_every_setting_has_its_argument() -> None:
     assert option(command, "--dtype") == "float16"
     assert {"--enforce-eager", "--enable-prefix-caching"} < set(command)
     assert "--no-enable-prefix-caching" not in command
+
+
+@pytest.mark.parametrize("gpu", [True, False])
+def test_the_budget_is_the_size_of_the_pool_in_bytes(gpu: bool) -> None:
+    chosen = settings("--kv-budget", "9000000")
+    assert option(arguments(chosen, GPT2, gpu), "--kv-cache-memory-bytes") == "9000000"
+    assert "VLLM_CPU_KVCACHE_SPACE" not in environment(chosen, gpu, {})
+
+
+def test_beside_a_budget_the_share_of_the_gpu_that_must_be_free_is_still_given() -> None:
+    command = arguments(settings("--kv-budget", "9000000", "--gpu-memory-utilization", "0.5"), GPT2, gpu=True)
+    assert option(command, "--gpu-memory-utilization") == "0.5"
+
+
+def test_metrics_of_each_request_are_asked_for() -> None:
+    assert "--enable-per-request-metrics" in arguments(settings("--per-request-metrics"), GPT2, gpu=True)
+
+
+@pytest.mark.parametrize(
+    ("command_line", "inherited", "named"),
+    [
+        ("--cpu-kv-cache-gib 1", {}, "--cpu-kv-cache-gib 1"),
+        ("", {"VLLM_CPU_KVCACHE_SPACE": "4"}, "the environment's VLLM_CPU_KVCACHE_SPACE=4"),
+        ("-- --num-gpu-blocks-override 9", {}, "vLLM's --num-gpu-blocks-override"),
+        ("-- --seed 1 --kv_cache_memory_bytes=1G", {}, "vLLM's --kv-cache-memory-bytes"),
+        ("-- --kv-cache-memory=5", {}, "vLLM's --kv-cache-memory"),
+    ],
+)
+def test_a_second_size_of_the_pool_is_found_beside_a_budget(
+    command_line: str, inherited: dict[str, str], named: str
+) -> None:
+    assert second_size(settings("--kv-budget", "9000000", *command_line.split()), False, inherited) == named
+    assert second_size(settings(*command_line.split()), False, inherited) is None
+
+
+@pytest.mark.parametrize("passed", ["--block-size 16", "--kv-cache-dtype auto", "-- --help", "-tp 1"])
+def test_what_sizes_no_pool_may_be_passed_on_beside_a_budget(passed: str) -> None:
+    chosen = settings("--kv-budget", "9000000", "--gpu-memory-utilization", "0.5", "--", *passed.split())
+    assert second_size(chosen, True, {"VLLM_CPU_KVCACHE_SPACE": "4"}) is None
+    assert second_size(chosen, False, {"VLLM_CPU_KVCACHE_SPACE": ""}) is None
+
+
+def test_a_second_size_exits_with_2_and_both_are_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["servers.vllm", "--kv-budget", "9000000", "--cpu-kv-cache-gib", "2"])
+    with pytest.raises(SystemExit) as exit_:
+        main()
+    assert exit_.value.code == 2
+    assert "--kv-budget 9000000: --cpu-kv-cache-gib 2 sizes the KV cache too" in capsys.readouterr().err
 
 
 def test_both_servers_have_the_same_number_format_on_a_cpu() -> None:
@@ -81,6 +132,7 @@ def test_what_follows_two_dashes_is_passed_on_as_it_is_and_last(passed: list[str
     [
         ("--gpu-memory-utilization 1.5", "--gpu-memory-utilization: '1.5': Input should be less than or equal to 1"),
         ("--max-num-seqs 0", "--max-num-seqs: '0': Input should be greater than or equal to 1"),
+        ("--kv-budget 0", "--kv-budget: '0': Input should be greater than or equal to 1"),
         ("--port 0", "--port: '0': Input should be greater than or equal to 1"),
         ("--cpu-kv-cache-gib 0.5", "--cpu-kv-cache-gib: '0.5': Input should be a valid integer"),
         ("--block-size 16", "--block-size"),
@@ -127,3 +179,50 @@ def test_what_the_user_has_set_stays() -> None:
         "VLLM_NO_USAGE_STATS": "0",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     }
+
+
+@pytest.mark.parametrize(
+    ("line", "error"),
+    [
+        ("ValueError: too small", "ValueError: too small"),
+        ("(EngineCore_DP0 pid=12) ERROR 11-21 12:12:48 [core.py:1510] ValueError: no", "ValueError: no"),
+        (
+            "(Worker_TP0 pid=12) torch.OutOfMemoryError: CUDA out of memory.",
+            "torch.OutOfMemoryError: CUDA out of memory.",
+        ),
+        ("    raise ValueError(", None),
+        ("(APIServer pid=9) pydantic_core._pydantic_core.ValidationError: 1 validation error for ModelConfig", None),
+        ("(APIServer pid=9) WARNING 11-21 12:12:19 [utils.py:255] errors like `OSError: [Errno 24] Too many`", None),
+        ("(APIServer pid=9) WARNING 11-21 12:12:19 [utils.py:255] ImportError: left out", None),
+    ],
+)
+def test_the_end_of_a_traceback_is_told_from_other_lines(line: str, error: str | None) -> None:
+    assert raised(line + "\n") == error
+
+
+# What vLLM 0.26 and 0.32 say.
+TOO_LONG = (
+    "ValueError: To serve at least one request with the model's max seq len (2048), (0.01 GiB KV cache is needed, which"
+    " is larger than the available KV cache memory (0.01 GiB). {}Try increasing `gpu_memory_utilization` or decreasing"
+)
+FITS = "Based on the available memory, the estimated maximum model length is 1920. "
+
+
+@pytest.mark.parametrize(
+    ("error", "advice"),
+    [
+        (TOO_LONG.format(FITS), "one sequence of 2048 tokens; give more bytes or --max-model-len 1920"),
+        (TOO_LONG.format(""), "one sequence of 2048 tokens; give more bytes or a smaller --max-model-len"),
+        ("ValueError: No available memory for the cache blocks. Try", "one block of its cache; give more bytes"),
+    ],
+)
+def test_a_budget_that_is_too_small_is_named(error: str, advice: str) -> None:
+    assert explained(settings("--kv-budget", "77"), error) == f"--kv-budget 77: vLLM cannot hold {advice}"
+    assert explained(settings(), error) == f"vLLM's error: {error}"
+
+
+def test_another_error_is_handed_on_as_it_is() -> None:
+    assert (
+        explained(settings("--kv-budget", "77"), "ValueError: no such dtype")
+        == "vLLM's error: ValueError: no such dtype"
+    )
