@@ -166,12 +166,12 @@ class Reply:
                 choice["prompt_token_ids"] = list(self.prompt_ids)
         return self._envelope("chat.completion.chunk" if self.chat else "text_completion", [choice])
 
-    def usage_chunk(self, output_tokens: int) -> JSON:
-        """The chunk after the last choice, with the whole usage."""
+    def usage_chunk(self, output_tokens: int, timing: JSON) -> JSON:
+        """The chunk after the last choice, with the whole usage, and the metrics of the request if there are any."""
         kind = "chat.completion.chunk" if self.chat else "text_completion"
-        return self._envelope(kind, []) | {"usage": self.usage(output_tokens)}
+        return self._envelope(kind, []) | {"usage": self.usage(output_tokens)} | timing
 
-    def whole(self, delta: Delta) -> JSON:
+    def whole(self, delta: Delta, timing: JSON) -> JSON:
         """The answer to a request that does not stream."""
         choice: JSON = {"index": 0, "logprobs": None, "finish_reason": delta.finish_reason}
         if self.chat:
@@ -183,7 +183,7 @@ class Reply:
         body = self._envelope("chat.completion" if self.chat else "text_completion", [choice])
         if self.return_token_ids:
             (body if self.chat else choice)["prompt_token_ids"] = list(self.prompt_ids)
-        return body | {"usage": self.usage(len(delta.token_ids))}
+        return body | {"usage": self.usage(len(delta.token_ids))} | timing
 
     def usage(self, output_tokens: int) -> JSON:
         """Token counts; `completion_tokens` counts an end-of-text token that ended the output."""
@@ -196,3 +196,16 @@ class Reply:
 
     def _envelope(self, kind: str, choices: list[JSON]) -> JSON:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model, "choices": choices}
+
+
+def timing(arrived: float, started: float, first: float, last: float, tokens: int) -> JSON:
+    """What the server measured of a request, from times in seconds; names and meaning are vLLM's PerRequestMetrics."""
+    decode, inference = last - first, last - started
+    metrics = {
+        "time_to_first_token_ms": (first - started) * 1000,
+        "generation_time_ms": decode * 1000,
+        "queue_time_ms": (started - arrived) * 1000,
+        "mean_itl_ms": decode / (tokens - 1) * 1000 if tokens > 1 else None,
+        "tokens_per_second": tokens / inference if inference > 0 else None,
+    }
+    return {"metrics": {name: value for name, value in metrics.items() if value is not None}}

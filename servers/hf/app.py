@@ -1,11 +1,11 @@
 """The aiohttp application: requests in, chunks out."""
 
+import asyncio
 import json
-import logging
 import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
-from contextlib import aclosing
+from contextlib import aclosing, nullcontext, suppress
 from dataclasses import dataclass
 
 from aiohttp import web
@@ -23,13 +23,24 @@ from servers.hf.api import (
     Reply,
     StreamOptions,
     parse,
+    timing,
 )
-from servers.hf.engines import Job, QueueFullError, Sampling, SequentialEngine
-from servers.hf.metrics import Metrics
+from servers.hf.engine import Engine
+from servers.hf.jobs import (
+    EngineDeadError,
+    EngineFailedError,
+    Job,
+    OutOfMemoryError,
+    QueueFullError,
+    Sampling,
+    TooLargeError,
+)
+from servers.hf.metrics import LedgerCollector, Metrics
 from servers.hf.text import TextStream
 
 OPENAI_DEFAULT_MAX_TOKENS = 16
-logger = logging.getLogger(__name__)
+# Made once: json.dumps with separators makes an encoder for each chunk.
+encode = json.JSONEncoder(separators=(",", ":")).encode
 
 
 @dataclass(frozen=True)
@@ -37,21 +48,45 @@ class Service:
     """What the handlers need; lengths are in tokens."""
 
     name: str
-    engine: SequentialEngine
+    engine: Engine
     tokenizer: PreTrainedTokenizerFast
     vocab_size: int
     max_model_len: int
+    bytes_per_token: int
     metrics: Metrics
     registry: CollectorRegistry
+    per_request_metrics: bool = False
+
+
+class Gate:
+    """Counts the requests that are being answered; once closed, no more are taken."""
+
+    def __init__(self) -> None:
+        self.closed = False
+        self.idle = asyncio.Event()
+        self.idle.set()
+        self._inside = 0
+
+    def __enter__(self) -> None:
+        self._inside += 1
+        self.idle.clear()
+
+    def __exit__(self, *_: object) -> None:
+        self._inside -= 1
+        if not self._inside:
+            self.idle.set()
 
 
 SERVICE = web.AppKey("service", Service)
+GATE = web.AppKey("gate", Gate)
 
 
 def make_app(service: Service) -> web.Application:
     """Build the application around a loaded model; its engine starts and stops with it."""
     app = web.Application(middlewares=[_errors], client_max_size=64 * 2**20)
     app[SERVICE] = service
+    app[GATE] = Gate()
+    service.registry.register(LedgerCollector(service.engine, service.bytes_per_token))
     service.metrics.watch("num_requests_running", "Requests being generated", lambda: service.engine.running)
     service.metrics.watch("num_requests_waiting", "Requests that wait for their turn", lambda: service.engine.waiting)
     app.add_routes(
@@ -68,26 +103,37 @@ def make_app(service: Service) -> web.Application:
 
 
 async def _engine(app: web.Application) -> AsyncIterator[None]:
-    app[SERVICE].engine.start()
+    await app[SERVICE].engine.start()
     yield
-    app[SERVICE].engine.close()
+    await app[SERVICE].engine.close()
+
+
+async def drain(app: web.Application, seconds: float) -> None:
+    """Take no more requests, let those that run end, and after `seconds` end the rest with an error."""
+    app[GATE].closed = True
+    with suppress(TimeoutError):
+        await asyncio.wait_for(app[GATE].idle.wait(), seconds)
+    await app[SERVICE].engine.close()
+    await app[GATE].idle.wait()
 
 
 @web.middleware
 async def _errors(
     request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
 ) -> web.StreamResponse:
-    try:
-        return await handler(request)
-    except ApiError as error:
-        if error.status < 500:
-            request.app[SERVICE].metrics.end("rejected")
-        headers = {"Retry-After": "1"} if error.status == 429 else {}
-        return web.json_response(error.body, status=error.status, headers=headers)
+    with request.app[GATE] if request.method == "POST" else nullcontext():
+        try:
+            return await handler(request)
+        except ApiError as error:
+            if error.status < 500:
+                request.app[SERVICE].metrics.end("rejected")
+            headers = {"Retry-After": "1"} if error.status in (429, 503) else {}
+            return web.json_response(error.body, status=error.status, headers=headers)
 
 
 async def _health(request: web.Request) -> web.Response:
-    return web.Response(status=200 if request.app[SERVICE].engine.alive else 503)
+    healthy = request.app[SERVICE].engine.alive and not request.app[GATE].closed
+    return web.Response(status=200 if healthy else 503)
 
 
 async def _metrics(request: web.Request) -> web.Response:
@@ -133,10 +179,7 @@ async def _generate(
     _check(service, asked, prompt, max_tokens)
     chosen = asked.model_dump(include={"min_tokens", "temperature", "top_p", "top_k", "seed", "ignore_eos"})
     job = Job(prompt, Sampling(max_tokens=max_tokens, **chosen))
-    try:
-        service.engine.submit(job)
-    except QueueFullError:
-        raise ApiError(429, "too many requests are waiting; try again later", kind="rate_limit_error") from None
+    _submit(service, request.app[GATE], job)
     service.metrics.prompt_tokens.inc(len(prompt))
     chat = isinstance(asked, ChatRequest)
     reply = Reply(
@@ -149,7 +192,24 @@ async def _generate(
     )
     text = TextStream(service.tokenizer.backend_tokenizer, prompt, asked.stops, asked.min_tokens)
     async with aclosing(_deltas(service, job, text)) as deltas:
-        return await (_stream(request, asked, reply, deltas) if asked.stream else _whole(reply, deltas))
+        return await (
+            _stream(request, asked, reply, job, deltas) if asked.stream else _whole(request, reply, job, deltas)
+        )
+
+
+def _submit(service: Service, gate: Gate, job: Job) -> None:
+    try:
+        if gate.closed:
+            raise EngineDeadError("the server is shutting down")
+        service.engine.submit(job)
+    except QueueFullError:
+        raise ApiError(429, "too many requests are waiting; try again later", kind="rate_limit_error") from None
+    except TooLargeError as error:
+        message = f"max_tokens: {job.sampling.max_tokens} after {len(job.prompt_ids)} prompt tokens: {error}"
+        raise ApiError(400, message, "max_tokens") from None
+    except EngineDeadError as error:
+        service.metrics.end("unavailable")
+        raise ApiError(503, str(error), kind="unavailable") from None
 
 
 def _check(service: Service, asked: GenerationRequest, prompt: tuple[int, ...], max_tokens: int) -> None:
@@ -173,65 +233,79 @@ def _check(service: Service, asked: GenerationRequest, prompt: tuple[int, ...], 
 async def _deltas(service: Service, job: Job, text: TextStream) -> AsyncGenerator[Delta]:
     """Yield what each token adds, keep the metrics, and end the job however this ends."""
     metrics = service.metrics
-    arrived = last = time.monotonic()
+    last = job.arrived
     count = 0
     outcome = "cancelled"
     try:
         async for step in job.steps():
             now = time.monotonic()
+            if not count:
+                metrics.queue.observe(job.started - job.arrived)
             (metrics.itl if count else metrics.ttft).observe(now - last)
             last, count = now, count + 1
             piece = text.push(step.token_id)
             reason = "stop" if text.stopped else step.finish_reason
             if reason:
                 outcome = reason
-                metrics.e2e.observe(now - arrived)
+                metrics.e2e.observe(now - job.arrived)
                 piece += text.flush()
             yield Delta(piece, (step.token_id,), reason)
             if reason:
                 return
-    except Exception as error:
-        outcome = "error"
-        logger.exception("a request failed in the engine")
-        raise ApiError(500, f"the engine failed: {type(error).__name__}: {error}", kind="server_error") from error
+    except OutOfMemoryError as error:
+        outcome = "oom"
+        raise ApiError(503, f"the server ran out of memory: {error}", kind="oom") from error
+    except EngineDeadError as error:
+        outcome = "error" if isinstance(error, EngineFailedError) else "unavailable"
+        raise ApiError(503, str(error), kind="unavailable") from error
     finally:
         metrics.generation_tokens.inc(count)
         service.engine.cancel(job)
         metrics.end(outcome)
 
 
-async def _whole(reply: Reply, deltas: AsyncIterator[Delta]) -> web.Response:
+def _timing(service: Service, job: Job, tokens: int) -> JSON:
+    if not service.per_request_metrics:
+        return {}
+    return timing(job.arrived, job.started, job.first, job.last, tokens)
+
+
+async def _whole(request: web.Request, reply: Reply, job: Job, deltas: AsyncIterator[Delta]) -> web.Response:
     parts = [delta async for delta in deltas]
     token_ids = tuple(token for part in parts for token in part.token_ids)
-    return web.json_response(
-        reply.whole(Delta("".join(part.text for part in parts), token_ids, parts[-1].finish_reason))
-    )
+    whole = Delta("".join(part.text for part in parts), token_ids, parts[-1].finish_reason)
+    return web.json_response(reply.whole(whole, _timing(request.app[SERVICE], job, len(token_ids))))
 
 
 async def _stream(
-    request: web.Request, asked: GenerationRequest, reply: Reply, deltas: AsyncIterator[Delta]
+    request: web.Request, asked: GenerationRequest, reply: Reply, job: Job, deltas: AsyncIterator[Delta]
 ) -> web.StreamResponse:
     options = asked.stream_options or StreamOptions()
     response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"})
-    await response.prepare(request)
 
     async def send(chunk: JSON) -> None:
         if options.continuous_usage_stats and "choices" in chunk:
             chunk.setdefault("usage", reply.usage(count))
-        await response.write(b"data: " + json.dumps(chunk, separators=(",", ":")).encode() + b"\n\n")
+        await response.write(b"data: " + encode(chunk).encode() + b"\n\n")
 
     count = 0
-    if reply.chat:
-        await send(reply.role_chunk())
     try:
         async for delta in deltas:
-            first, count = count == 0, count + len(delta.token_ids)
+            first = not response.prepared
+            if first:
+                # Not before: what fails until here is answered with its own status.
+                await response.prepare(request)
+                if reply.chat:
+                    await send(reply.role_chunk())
+            count += len(delta.token_ids)
             await send(reply.chunk(delta, first))
     except ApiError as error:
+        if not response.prepared:
+            raise
         # The status is sent already; a client finds the failure in the stream.
         await send(error.body)
         return response
     if options.include_usage:
-        await send(reply.usage_chunk(count))
+        await send(reply.usage_chunk(count, _timing(request.app[SERVICE], job, count)))
     await response.write(b"data: [DONE]\n\n")
     return response

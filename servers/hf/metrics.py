@@ -1,8 +1,13 @@
 """Prometheus metrics, named like vLLM's where the meaning is the same."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
+import torch
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+from servers.hf.engine import Engine
 
 # Fine enough for a small model on a fast GPU; about 25 % apart at the low end.
 BUCKETS = (
@@ -10,6 +15,11 @@ BUCKETS = (
     *(0.01, 0.0125, 0.016, 0.02, 0.025, 0.032, 0.04, 0.05, 0.063, 0.08, 0.1, 0.16, 0.25, 0.4, 0.63),
     *(1.0, 1.6, 2.5, 4.0, 6.3, 10.0, 16.0, 25.0, 40.0, 63.0, 100.0),
 )
+
+
+#: How a request can end. `rejected`: with a 4xx; `unavailable`: not taken, since the server ends or has failed; `oom`:
+#: the memory did not suffice; `cancelled`: the client went away.
+OUTCOMES = ("stop", "length", "cancelled", "rejected", "unavailable", "oom", "error")
 
 
 class Metrics:
@@ -29,16 +39,53 @@ class Metrics:
         self.prompt_tokens = counter("prompt_tokens", "Prompt tokens of the requests that were taken")
         self.generation_tokens = counter("generation_tokens", "Tokens that were generated")
         self.ttft = histogram("time_to_first_token", "From the request's arrival to its first token")
+        self.queue = histogram("request_queue_time", "From the request's arrival to its start in the engine")
         self.itl = histogram("inter_token_latency", "Between one token and the next")
         self.e2e = histogram("e2e_request_latency", "From the request's arrival to its last token")
         self.finished = Counter(
             "hf:request", "Requests that ended, by outcome", [*labels, "outcome"], registry=registry
         )
+        for outcome in OUTCOMES:
+            self.finished.labels(engine, outcome)
 
     def watch(self, name: str, text: str, read: Callable[[], float]) -> None:
         """Export a gauge that is read at scrape."""
         Gauge(f"hf:{name}", text, ["engine"], registry=self._registry).labels(self._engine).set_function(read)
 
     def end(self, outcome: str) -> None:
-        """Count a request that ended: `stop`, `length`, `cancelled`, `error` or `rejected`."""
+        """Count a request that ended: one of OUTCOMES."""
         self.finished.labels(self._engine, outcome).inc()
+
+
+class LedgerCollector(Collector):
+    """Exports what the KV cache and, on a GPU, torch's allocator hold: one consistent reading at each scrape."""
+
+    def __init__(self, engine: Engine, bytes_per_token: int):
+        self._engine = engine
+        self._bytes_per_token = bytes_per_token
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        """Read the ledger once; called by the registry."""
+        held = self._engine.held
+        for unit, size in (("tokens", 1), ("bytes", self._bytes_per_token)):
+            yield self._gauge(f"kv_capacity_{unit}", "The most that may be set aside", self._engine.capacity * size)
+            yield self._gauge(f"kv_allocated_{unit}", "Set aside for sequences now", held.allocated * size)
+            yield self._gauge(f"kv_live_{unit}", "Holds tokens that running requests need", held.live * size)
+            waste = GaugeMetricFamily(f"hf:kv_waste_{unit}", "Set aside but not live", labels=["engine", "reason"])
+            for reason, slots in held.waste.items():
+                waste.add_metric([self._engine.name, reason], slots * size)
+            yield waste
+        if self._engine.model.device.type == "cuda":
+            yield from self._allocator()
+
+    def _allocator(self) -> Iterator[GaugeMetricFamily]:
+        allocated, reserved = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+        yield self._gauge("torch_allocated_bytes", "Held by tensors", allocated)
+        yield self._gauge("torch_reserved_bytes", "Taken from the driver by torch's allocator", reserved)
+        share = (reserved - allocated) / reserved if reserved else 0.0
+        yield self._gauge("torch_fragmentation_ratio", "Share of the reserved bytes that no tensor holds", share)
+
+    def _gauge(self, name: str, text: str, value: float) -> GaugeMetricFamily:
+        gauge = GaugeMetricFamily(f"hf:{name}", text, labels=["engine"])
+        gauge.add_metric([self._engine.name], value)
+        return gauge

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from servers.hf.api import ApiError, ChatRequest, CompletionRequest, Delta, GenerationRequest, Reply, parse
+from servers.hf.api import ApiError, ChatRequest, CompletionRequest, Delta, GenerationRequest, Reply, parse, timing
 
 
 def completion(**fields: Any) -> CompletionRequest:
@@ -152,9 +152,9 @@ def test_a_whole_completion_and_a_whole_chat() -> None:
     usage = {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
     common = {"id": "id", "created": 5, "model": "m", "usage": usage}
     choice = {"index": 0, "logprobs": None, "finish_reason": "length"}
-    assert reply(False).whole(delta) == common | {"object": "text_completion", "choices": [choice | {"text": "ab"}]}
+    assert reply(False).whole(delta, {}) == common | {"object": "text_completion", "choices": [choice | {"text": "ab"}]}
     message = {"role": "assistant", "content": "ab"}
-    assert reply(True).whole(delta) == common | {
+    assert reply(True).whole(delta, {}) == common | {
         "object": "chat.completion",
         "choices": [choice | {"message": message}],
     }
@@ -167,17 +167,45 @@ def test_token_ids_are_returned_where_vllm_returns_them() -> None:
     assert "prompt_token_ids" not in later
     assert reply(True, ids=True).role_chunk()["prompt_token_ids"] == [1, 2, 3]
     assert "prompt_token_ids" not in reply(True, ids=True).chunk(delta, first=True)["choices"][0]
-    assert reply(False, ids=True).whole(delta)["choices"][0]["prompt_token_ids"] == [1, 2, 3]
-    assert reply(True, ids=True).whole(delta)["prompt_token_ids"] == [1, 2, 3]
+    assert reply(False, ids=True).whole(delta, {})["choices"][0]["prompt_token_ids"] == [1, 2, 3]
+    assert reply(True, ids=True).whole(delta, {})["prompt_token_ids"] == [1, 2, 3]
 
 
 def test_token_ids_are_not_returned_unasked() -> None:
     for is_chat in (False, True):
-        chunks = [reply(is_chat).chunk(Delta("a", (7,)), first=True), reply(is_chat).whole(Delta("a", (7,)))]
+        chunks = [reply(is_chat).chunk(Delta("a", (7,)), first=True), reply(is_chat).whole(Delta("a", (7,)), {})]
         assert "token_ids" not in json.dumps([*chunks, reply(is_chat).role_chunk()])
 
 
 def test_the_usage_chunk_has_no_choices() -> None:
-    chunk = reply(True).usage_chunk(4)
+    chunk = reply(True).usage_chunk(4, {})
     assert (chunk["object"], chunk["choices"]) == ("chat.completion.chunk", [])
     assert chunk["usage"] == {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7}
+    assert "metrics" not in chunk
+
+
+def test_what_was_measured_stands_beside_the_usage() -> None:
+    measured = timing(arrived=1.0, started=1.5, first=2.0, last=5.0, tokens=4)
+    for body in (reply(True).usage_chunk(4, measured), reply(False).whole(Delta("a", (7, 8, 9, 10)), measured)):
+        assert body["usage"]["completion_tokens"] == 4
+        assert body["metrics"] == {
+            "queue_time_ms": 500.0,
+            "time_to_first_token_ms": 500.0,
+            "generation_time_ms": 3000.0,
+            "mean_itl_ms": 1000.0,
+            "tokens_per_second": pytest.approx(4 / 3.5),
+        }
+
+
+def test_one_token_has_no_latency_between_tokens() -> None:
+    metrics = timing(arrived=1.0, started=1.0, first=2.0, last=2.0, tokens=1)["metrics"]
+    assert metrics == {
+        "queue_time_ms": 0.0,
+        "time_to_first_token_ms": 1000.0,
+        "generation_time_ms": 0.0,
+        "tokens_per_second": 1.0,
+    }
+
+
+def test_a_rate_over_no_time_is_not_said() -> None:
+    assert "tokens_per_second" not in timing(arrived=1.0, started=2.0, first=2.0, last=2.0, tokens=1)["metrics"]

@@ -1,0 +1,118 @@
+"""What all engines share: the queue in front of them, and the way of tokens back to the event loop."""
+
+import asyncio
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel
+
+from servers.hf.jobs import EngineDeadError, Job, QueueFullError, Sampling, Step, TooLargeError
+from servers.hf.kv import Held
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What an engine may take; lengths and the size of the KV cache (None: the engine's own choice) are in tokens."""
+
+    max_model_len: int
+    max_batch: int = 1
+    max_waiting: int = 512
+    kv_tokens: int | None = None
+    eos_token_ids: frozenset[int] = frozenset()
+
+
+class Engine(ABC):
+    """Runs the model in a thread of its own; all methods are called in the event loop that `start` ran in."""
+
+    name: str
+    #: Slots of the KV cache that may be set aside at most.
+    capacity: int
+
+    def __init__(self, model: PreTrainedModel, limits: Limits):
+        self.model = model
+        self.limits = limits
+        self._waiting: deque[Job] = deque()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        # What a model folder recommends (top_k, repetition_penalty, ...) must not leak into requests.
+        model.generation_config = GenerationConfig()
+
+    @abstractmethod
+    async def start(self) -> None:
+        """Warm up, so that no request pays for the first call, and take requests."""
+
+    @abstractmethod
+    async def close(self) -> None:
+        """Take no more requests and end those that run after the token they are working on."""
+
+    @property
+    @abstractmethod
+    def alive(self) -> bool:
+        """Whether requests are taken."""
+
+    @property
+    @abstractmethod
+    def running(self) -> int:
+        """Number of requests that are in the batch and not ended."""
+
+    @property
+    @abstractmethod
+    def held(self) -> Held:
+        """Slots of the KV cache that are set aside now."""
+
+    @abstractmethod
+    def slots(self, job: Job) -> int:
+        """Slots that the job takes when it runs alone."""
+
+    @abstractmethod
+    def cancel(self, job: Job) -> None:
+        """Drop a job that waits, or end one that runs after the token it is working on; harmless when it has ended."""
+
+    @property
+    def waiting(self) -> int:
+        """Number of requests that wait for their turn."""
+        return len(self._waiting)
+
+    def submit(self, job: Job) -> None:
+        """Queue a job; raises EngineDeadError, TooLargeError or QueueFullError."""
+        if not self.alive:
+            raise EngineDeadError("the engine is not running")
+        if self.slots(job) > self.capacity:
+            raise TooLargeError(f"{self.slots(job)} tokens of KV cache are needed, {self.capacity} is all there is")
+        if self.running + self.waiting >= self.limits.max_batch + self.limits.max_waiting:
+            raise QueueFullError
+        self._enqueue(job)
+
+    def _warm_up_job(self) -> Job:
+        """A short request that any engine can take."""
+        count = min(4, self.limits.max_model_len, self.capacity)
+        return Job((1,), Sampling(max_tokens=count, temperature=0, ignore_eos=True))
+
+    @abstractmethod
+    def _enqueue(self, job: Job) -> None:
+        """Take a job that has passed all checks."""
+
+    def _hand_over(self, steps: Sequence[tuple[Job, Step | Exception]]) -> None:
+        """Give each job its token or its error; called from the engine's thread, one wake-up of the loop for all."""
+        if steps and self._loop and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(_deliver, steps)
+
+    def _finish_reason(self, job: Job, token_id: int, made: int) -> str | None:
+        """Why the token ends the output, `made` being the number of tokens with it."""
+        if token_id in self.limits.eos_token_ids and not job.sampling.ignore_eos:
+            return "stop"
+        return "length" if made == job.sampling.max_tokens else None
+
+
+def _deliver(steps: Sequence[tuple[Job, Step | Exception]]) -> None:
+    for job, step in steps:
+        job.put(step)
+
+
+def clear_memory(error: BaseException) -> None:
+    """Free what a failed call holds: the frames of its traceback keep its tensors alive."""
+    error.__traceback__ = None
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
