@@ -43,7 +43,9 @@ def parse(kind: type[Settings], program: str, arguments: Sequence[str]) -> Setti
     except ValidationError as error:
         for problem in error.errors():
             option = "--" + "-".join(str(part) for part in problem["loc"]).replace("_", "-")
-            print(f"{program}: {option}: {problem['input']!r}: {problem['msg']}", file=sys.stderr)
+            # An error without a place is about options that do not go together, and names them itself.
+            where = f"{option}: {problem['input']!r}: " if problem["loc"] else ""
+            print(f"{program}: {where}{problem['msg'].removeprefix('Value error, ')}", file=sys.stderr)
         raise SystemExit(2) from None
 
 

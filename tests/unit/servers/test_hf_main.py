@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
-from servers.hf.__main__ import Settings, load, main, service
+from servers.hf.__main__ import Settings, limits, load, main, service
 from servers.models import Model, ModelError
 from servers.settings import listen
 
@@ -28,6 +29,76 @@ def test_the_context_may_be_made_shorter_but_not_longer(tiny: Model) -> None:
     assert service(settings(model=tiny.source, max_model_len=100)).max_model_len == 100
     with pytest.raises(ModelError, match=r"--max-model-len: 4096: the model's limit is 2048"):
         service(settings(model=tiny.source, max_model_len=4096))
+
+
+@pytest.mark.parametrize(
+    ("options", "name", "rows", "capacity"),
+    [
+        ({}, "sequential", 1, 2048),
+        ({"cache": "static"}, "sequential", 1, 2048),
+        ({"engine": "batch"}, "batch", 32, 32 * 2048),
+        ({"engine": "batch", "max_batch": 3, "max_model_len": 100}, "batch", 3, 300),
+        ({"engine": "continuous", "max_batch": 3, "max_model_len": 100}, "continuous", 3, 3 * 112),
+        # A budget: a slot is 4,096 bytes; a static row is the whole context; a block is 16 tokens.
+        ({"kv_budget": 4096 * 500}, "sequential", 1, 500),
+        ({"engine": "batch", "kv_budget": 4096 * 500 + 4095}, "batch", 32, 500),
+        ({"engine": "batch", "cache": "static", "kv_budget": 4096 * 5000}, "batch", 2, 4096),
+        ({"engine": "batch", "kv_budget": 10**15}, "batch", 32, 32 * 2048),
+        ({"engine": "continuous", "kv_budget": 4096 * 500}, "continuous", 32, 496),
+        ({"engine": "continuous", "kv_budget": 4096 * 16}, "continuous", 32, 16),
+    ],
+    ids=str,
+)
+def test_options_and_budget_say_which_engine_it_is_and_what_it_may_hold(
+    tiny: Model, options: dict[str, Any], name: str, rows: int, capacity: int
+) -> None:
+    engine = service(settings(model=tiny.source, **options)).engine
+    assert (engine.name, engine.limits.max_batch, engine.capacity) == (name, rows, capacity)
+
+
+@pytest.mark.parametrize(
+    ("options", "least"),
+    [
+        ({}, 1),
+        ({"engine": "batch"}, 1),
+        ({"engine": "continuous"}, 16),
+        ({"cache": "static"}, 2048),
+        ({"compile": True, "max_model_len": 64}, 64),
+    ],
+    ids=str,
+)
+def test_a_budget_that_holds_nothing_is_refused_with_the_least_that_would_do(
+    tiny: Model, options: dict[str, Any], least: int
+) -> None:
+    budget = least * 4096 - 1
+    with pytest.raises(
+        ModelError, match=rf"^--kv-budget: {budget}: {least * 4096} bytes are the least, {least} tokens? of 4096 bytes"
+    ):
+        service(settings(model=tiny.source, kv_budget=budget, **options))
+    assert service(settings(model=tiny.source, kv_budget=budget + 1, **options)).engine.capacity == least
+
+
+@pytest.mark.parametrize("option", [{"compile": True}, {"cache": "static"}], ids=str)
+def test_a_paged_cache_is_neither_static_nor_compiled(option: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="not possible with --engine continuous, whose cache is paged"):
+        settings(engine="continuous", **option)
+
+
+SMALL: dict[str, Any] = {
+    "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 32
+}  # fmt: skip
+
+
+def test_a_model_whose_layers_forget_is_refused_since_its_memory_could_not_be_accounted_for() -> None:
+    weights = MistralForCausalLM(MistralConfig(**SMALL, sliding_window=16))
+    with pytest.raises(ModelError, match="--model: 'random:tiny': its layers do not store every token"):
+        limits(settings(), weights)
+    assert limits(settings(), MistralForCausalLM(MistralConfig(**SMALL, sliding_window=None))).max_batch == 1
+
+
+@pytest.mark.parametrize(("eos", "expected"), [(None, set()), (2, {2}), ([2, 7], {2, 7})])
+def test_end_of_text_tokens_are_none_one_or_several(eos: Any, expected: set[int]) -> None:
+    assert limits(settings(), LlamaForCausalLM(LlamaConfig(**SMALL, eos_token_id=eos))).eos_token_ids == expected
 
 
 @pytest.mark.parametrize(("dtype", "expected"), [("auto", torch.float32), ("bfloat16", torch.bfloat16)])
@@ -54,6 +125,17 @@ def test_an_unknown_shape_ends_it_with_1_and_one_line(
     assert run(monkeypatch, "--port", "0", "--model", "random:gpt5") == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("servers.hf: --model: 'random:gpt5': unknown shape 'gpt5'")
+
+
+@pytest.mark.parametrize("option", ["--compile", "--cache=static"])
+def test_an_impossible_engine_ends_it_with_2_and_one_line(
+    option: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, "--engine", "continuous", option) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == (
+        f"servers.hf: {option.replace('=', ' ')}: not possible with --engine continuous, whose cache is paged"
+    )
 
 
 def test_a_taken_port_ends_it_with_1_before_a_model_is_loaded(

@@ -5,7 +5,7 @@ import socket
 from typing import Any
 
 import pytest
-from pydantic import Field
+from pydantic import Field, model_validator
 from pydantic_settings import SettingsConfigDict
 
 from servers.settings import ServerSettings, cpu_cores, fail, listen, parse
@@ -17,6 +17,12 @@ class Settings(ServerSettings):
     model_config = SettingsConfigDict(env_prefix="HEADROOM_TEST_", cli_prog_name="program")
 
     port: int = Field(8000, ge=0, le=65535, description="port")
+
+    @model_validator(mode="after")
+    def _possible(self) -> "Settings":
+        if self.port == 13 and self.model != "random:tiny":
+            raise ValueError("--port: 13 is only for random:tiny")
+        return self
 
 
 def test_options_come_from_the_command_line_then_the_environment_then_the_default(
@@ -34,6 +40,8 @@ def test_options_come_from_the_command_line_then_the_environment_then_the_defaul
         (["--port", "70000"], "program: --port: '70000': Input should be less than or equal to 65535"),
         (["--max-model-len", "1"], "program: --max-model-len: '1': Input should be greater than or equal to 2"),
         (["--threads", "some"], "program: --threads: 'some': Input should be a valid integer"),
+        (["--kv-budget", "0"], "program: --kv-budget: '0': Input should be greater than or equal to 1"),
+        (["--kv-budget", "1GiB"], "program: --kv-budget: '1GiB': Input should be a valid integer"),
         (["--dtype", "int8"], "'auto', 'float32', 'bfloat16'"),
         (["--modle", "gpt2"], "--modle"),
     ],
@@ -53,6 +61,20 @@ def test_every_bad_option_has_its_line(capsys: pytest.CaptureFixture[str], monke
         parse(Settings, "program", ["--port", "-1"])
     lines = sorted(capsys.readouterr().err.splitlines())
     assert [line.rsplit(": ", 1)[0] for line in lines] == ["program: --port: '-1'", "program: --threads: '0'"]
+
+
+def test_options_that_do_not_go_together_are_one_line_that_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        parse(Settings, "program", ["--port", "13", "--model", "gpt2"])
+    assert exit_.value.code == 2
+    assert capsys.readouterr().err == "program: --port: 13 is only for random:tiny\n"
+
+
+def test_budget_and_metrics_are_off_unless_asked_for() -> None:
+    default = parse(Settings, "program", [])
+    assert (default.kv_budget, default.per_request_metrics) == (None, False)
+    settings = parse(Settings, "program", ["--kv-budget", "4096", "--per-request-metrics"])
+    assert (settings.kv_budget, settings.per_request_metrics) == (4096, True)
 
 
 def test_help_names_every_option_with_its_default(capsys: pytest.CaptureFixture[str]) -> None:
