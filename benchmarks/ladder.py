@@ -307,7 +307,7 @@ def page(found: JSON) -> str:
 def first_row(cell: JSON) -> str:
     """One row of the first table."""
     if "failed" in cell:
-        return f"| {cell['rung']} | {cell['users']} | failed: {cell['failed'].splitlines()[0]} |" + " |" * 8
+        return failed_row(cell, 11)
     kv, few = cell["kv"], "*" * (cell["requests_ended"] < cell["users"])
     ttft = f"{'> ' * (not cell['ttft_exact'])}{cell['ttft_p50']:.3f} s" if cell["ttft_p50"] is not None else ""
     row = [cell["rung"], cell["users"], f"{cell['tokens_per_second']:,.0f}{few}", ttft]
@@ -322,12 +322,18 @@ def first_row(cell: JSON) -> str:
 def second_row(cell: JSON) -> str:
     """One row of the second table."""
     if "failed" in cell:
-        return f"| {cell['rung']} | {cell['users']} | failed: {cell['failed'].splitlines()[0]} |" + " |" * 5
+        return failed_row(cell, 8)
     held = cell["held"]
     row = [cell["rung"], cell["users"], f"{cell['budget'] / 1e9:g} GB"]
     row += [f"{held[name]:.1f}" if held[name] is not None else "never full" for name in ("mean", "most")]
     row += [percent(held["saturated"], 1), live(cell["kv"]), f"{cell['tokens_per_second']:,.0f}"]
     return f"| {' | '.join(map(str, row))} |"
+
+
+def failed_row(cell: JSON, columns: int) -> str:
+    """A row with the last line of what went wrong; ladder.json has it all."""
+    reason = cell["failed"].splitlines()[-1].strip().replace("|", "/")
+    return f"| {cell['rung']} | {cell['users']} | failed: {reason} |" + " |" * (columns - 3)
 
 
 def live(kv: JSON) -> str:

@@ -177,6 +177,10 @@ class PaddedEngine(Engine):
             clear_memory(error)
             left = self._batch.running if self._batch else jobs
             self._hand_over([(job, OutOfMemoryError(str(error).partition(". ")[0])) for job in left])
+        except Exception:
+            if self._batch is None:  # it could not even be made up, and knows nothing of its jobs
+                self._waiting.extendleft(reversed(jobs))
+            raise
         self._batch = None
 
     @torch.no_grad()
