@@ -149,8 +149,10 @@ def measure(options: Options, users: int, program: Program, size: int) -> JSON:
     errors = Counter(result.error for result in results if result.error)
     if not inside or not tokens:
         raise RunError(f"no token or no sample in the window; errors: {dict(errors) or 'none'}")
+    seconds = options.cell_seconds - options.warmup_seconds
     return {
-        "tokens_per_second": tokens / (options.cell_seconds - options.warmup_seconds),
+        "seconds": seconds,
+        "tokens_per_second": tokens / seconds,
         **first_tokens(results, begin, finish),
         "requests_ended": sum(r.complete and not r.error and begin <= r.stamps[-1] < finish for r in results),
         "errors": errors,
@@ -267,12 +269,11 @@ def write(out: Path, found: JSON, row: JSON) -> None:
 
 PAGE = """# {model}, {dtype}, on {device_name}
 
-A closed loop sent the same requests (log-normal, means of 161 prompt and 338 output tokens) to one server at a time,
-for {cell_seconds:g} s each; tokens/s, and the means of /metrics read ten times a second, are without the first
-{warmup_seconds:g} s.
+A closed loop sent the same requests (log-normal, means of 161 prompt and 338 output tokens) to one server at a time.
+Tokens/s, and the means of /metrics read ten times a second, are of the seconds that the table gives, after a warm-up.
 
-| rung | in flight | tokens/s | TTFT p50 | KV allocated | live | {reasons} | torch |
-|---|---|---|---|---|---|---|---|---|---|---|
+| rung | in flight | seconds | tokens/s | TTFT p50 | KV allocated | live | {reasons} | torch |
+|---|---|---|---|---|---|---|---|---|---|---|---|
 {first}
 
 Live and waste are shares of the allocated bytes; torch: share of what its allocator has reserved that no tensor holds.
@@ -307,10 +308,10 @@ def page(found: JSON) -> str:
 def first_row(cell: JSON) -> str:
     """One row of the first table."""
     if "failed" in cell:
-        return failed_row(cell, 11)
+        return failed_row(cell, 12)
     kv, few = cell["kv"], "*" * (cell["requests_ended"] < cell["users"])
     ttft = f"{'> ' * (not cell['ttft_exact'])}{cell['ttft_p50']:.3f} s" if cell["ttft_p50"] is not None else ""
-    row = [cell["rung"], cell["users"], f"{cell['tokens_per_second']:,.0f}{few}", ttft]
+    row = [cell["rung"], cell["users"], f"{cell['seconds']:g}", f"{cell['tokens_per_second']:,.0f}{few}", ttft]
     row += [
         f"{kv['allocated'] / 1e9:.3f} GB",
         live(kv),
@@ -371,7 +372,7 @@ def earlier(options: Options) -> JSON:
     found |= {"options": {**asdict(options), "out": str(options.out)}, "cells": [], "made_by": []}
     path = options.out / "ladder.json"
     before: JSON = json.loads(path.read_text()) if path.exists() else found
-    for name in ("model", "max_model_len", "cell_seconds", "warmup_seconds", "kv_budget"):
+    for name in ("model", "max_model_len", "kv_budget"):
         was, now = before["options"][name], found["options"][name]
         if was != now:
             raise RunError(f"--out: {path} was measured with {name} {was}, not {now}: choose another folder")

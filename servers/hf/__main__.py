@@ -19,7 +19,7 @@ from pydantic_settings import SettingsConfigDict
 
 from servers.hf.app import GATE, Service, drain, make_app
 from servers.hf.continuous import ContinuousEngine
-from servers.hf.engine import Engine, Limits
+from servers.hf.engine import Engine, Limits, first_sentence
 from servers.hf.jobs import EngineDeadError
 from servers.hf.kv import bytes_per_token, has_plain_layers
 from servers.hf.metrics import Metrics
@@ -175,6 +175,9 @@ def main() -> None:
         uvloop.run(serve(service(settings), sock, started, settings.drain_seconds))
     except (ModelError, EngineDeadError, OSError) as error:
         raise fail(PROGRAM, str(error).splitlines()[0]) from None
+    except torch.OutOfMemoryError as error:
+        bounds = "--max-batch, --max-model-len and --kv-budget bound the KV cache"
+        raise fail(PROGRAM, f"the memory does not suffice: {first_sentence(error)}; {bounds}") from None
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """The engine on Transformers' continuous batching: requests join and leave at every step, the KV cache is paged."""
 
 import asyncio
-import gc
 import itertools
 import time
 from collections.abc import Sequence
@@ -14,7 +13,11 @@ from transformers.generation.continuous_batching.cb_logits_processors import (
     ContinuousBatchingLogitsProcessor,
     ContinuousBatchingLogitsProcessorList,
 )
-from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager, OutputRouter
+from transformers.generation.continuous_batching.continuous_api import (
+    ContinuousBatchingManager,
+    ContinuousBatchProcessor,
+    OutputRouter,
+)
 from transformers.generation.continuous_batching.requests import (
     FutureRequestState,
     GenerationOutput,
@@ -22,7 +25,7 @@ from transformers.generation.continuous_batching.requests import (
     RequestStatus,
 )
 
-from servers.hf.engine import Engine, Limits, clear_memory
+from servers.hf.engine import Engine, Limits, clear_memory, first_sentence
 from servers.hf.jobs import EngineDeadError, EngineFailedError, Job, OutOfMemoryError, Sampling, Step
 from servers.hf.kv import Held, held_by_blocks
 from servers.hf.sampling import Draw, Sampler
@@ -53,8 +56,8 @@ class ContinuousEngine(Engine):
         self.entries: dict[str, Entry] = {}
         self._ids: dict[Job, str] = {}
         self._numbers = itertools.count()
-        self._recovery: asyncio.Task[None] | None = None
         self._error: Exception | None = None
+        self._giving_up: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         """Allocate the cache and generate four tokens, then take requests."""
@@ -65,9 +68,9 @@ class ContinuousEngine(Engine):
             self._enqueue(job)
             async for _ in job.steps():
                 pass
-        except (OutOfMemoryError, MemoryError, ValueError) as error:
+        except (torch.OutOfMemoryError, OutOfMemoryError, MemoryError, ValueError) as error:
             await self.close()
-            raise EngineDeadError(f"the engine cannot start: {error}") from error
+            raise EngineDeadError(f"the engine cannot start: {first_sentence(error)}") from error
         except EngineDeadError:
             await self.close()
             raise
@@ -75,8 +78,8 @@ class ContinuousEngine(Engine):
     async def close(self) -> None:
         """Stop after the step that is being worked on; what runs or waits gets an error."""
         self._error = self._error or EngineDeadError("the server is shutting down")
-        if self._recovery:
-            await self._recovery
+        if self._giving_up:
+            await self._giving_up
         self._fail_all(self._error)
         manager, self.manager = self.manager, None
         if manager:
@@ -84,10 +87,8 @@ class ContinuousEngine(Engine):
 
     @property
     def alive(self) -> bool:
-        """Whether requests are taken; so they are while the engine recovers from a lack of memory."""
-        if self._error:
-            return False
-        return self._recovery is not None or (self.manager is not None and self.manager.is_running())
+        """Whether requests are taken."""
+        return not self._error and self.manager is not None and self.manager.is_running()
 
     @property
     def running(self) -> int:
@@ -97,7 +98,7 @@ class ContinuousEngine(Engine):
     @property
     def waiting(self) -> int:
         """Number of requests that have no blocks yet, or had to give them up when the cache was full."""
-        return len(self.entries) + len(self._waiting) - self.running
+        return len(self.entries) - self.running
 
     @property
     def held(self) -> Held:
@@ -116,16 +117,11 @@ class ContinuousEngine(Engine):
     def cancel(self, job: Job) -> None:
         """Drop a job; its blocks are free before the next step."""
         job.cancelled = True
-        if job in self._waiting:
-            self._waiting.remove(job)
         # The manager says nothing more of a request that was cancelled, so it is forgotten here.
         if (number := self._ids.pop(job, None)) and self.entries.pop(number, None) and self.manager:
             self.manager.cancel_request(number)
 
     def _enqueue(self, job: Job) -> None:
-        if self._recovery:
-            self._waiting.append(job)
-            return
         number = self._ids[job] = str(next(self._numbers))
         self.entries[number] = Entry(job, Draw.of(job.sampling, self.model.device))
         eos = -1 if job.sampling.ignore_eos else sorted(self.limits.eos_token_ids) or -1
@@ -149,7 +145,7 @@ class ContinuousEngine(Engine):
             use_async_batching=False,
         )
         greedy = GenerationConfig(do_sample=False, eos_token_id=-1, max_new_tokens=1)
-        self.manager = self.model.init_continuous_batching(greedy, config)
+        self.manager = _Manager(self, greedy, config)
         self.manager.output_router = _Router(self)
         choosers = ContinuousBatchingLogitsProcessorList(LogitsProcessorList([_Choose(self)]))
         choosers.tensors_required = 1
@@ -174,62 +170,32 @@ class ContinuousEngine(Engine):
                 self._ids.pop(entry.job, None)
         self._hand_over(steps)
 
-    def failed(self, number: str, error: Exception, ran: bool) -> None:
-        """Fail a request; after a lack of memory those that had not begun are tried again. Called in the loop."""
-        entry = self.entries.pop(number, None)
-        if entry:
+    def out_of_memory(self, numbers: Sequence[str], reason: str) -> None:
+        """Fail the requests of a step that lacked memory; called in the manager's thread."""
+        entries = [entry for number in numbers if (entry := self.entries.pop(number, None))]
+        for entry in entries:
             self._ids.pop(entry.job, None)
-        out_of_memory = isinstance(error, torch.OutOfMemoryError)
-        if entry and out_of_memory and not ran:
-            self._waiting.append(entry.job)
-        elif entry:
-            reason = EngineFailedError(_reason(error)) if ran else EngineDeadError(_reason(error))
-            entry.job.put(OutOfMemoryError(str(error)) if out_of_memory else reason)
-        manager = self.manager
-        if manager is None or manager.background_thread_status.can_accept_new_requests() is None:
-            return
-        if not out_of_memory and not self._error:
+        self._hand_over([(entry.job, OutOfMemoryError(reason)) for entry in entries])
+
+    def failed(self, number: str, error: Exception, ran: bool) -> None:
+        """Fail a request after the manager has ended; called in the loop."""
+        if entry := self.entries.pop(number, None):
+            self._ids.pop(entry.job, None)
+            entry.job.put(EngineFailedError(_reason(error)) if ran else EngineDeadError(_reason(error)))
+        if self.manager and not self._error:
             self._error = EngineDeadError(_reason(error))
-            self._recovery = asyncio.create_task(self._give_up(manager))
-        elif out_of_memory and not self._recovery:
-            self._recovery = asyncio.create_task(self._recover())
+            self._giving_up = asyncio.create_task(self._give_up(self.manager))
 
     async def _give_up(self, manager: ContinuousBatchingManager) -> None:
         """Fail what the manager knew nothing of, after it has said which requests it failed."""
         await asyncio.to_thread(manager.join, time.perf_counter(), 10)
-        self._recovery = None
+        self._giving_up = None
         self._fail_all(self._error or EngineDeadError("the engine failed"))
 
-    async def _recover(self) -> None:
-        """Start over with a new manager and what has not begun; the old one ended with the error."""
-        try:
-            await asyncio.to_thread(self._reopen)
-        except (RuntimeError, MemoryError) as error:
-            self._error = EngineDeadError(_reason(error))
-            self._fail_all(self._error)
-            return
-        finally:
-            self._recovery = None
-        again = [*self._waiting, *(entry.job for entry in self.entries.values())]
-        self._waiting.clear()
-        self.entries.clear()
-        for job in again:
-            self._enqueue(job)
-
-    def _reopen(self) -> None:
-        old, self.manager = self.manager, None
-        if old:
-            old.stop(timeout=10)
-            clear_memory(old.background_thread_status.fatal_error or RuntimeError())
-            del old
-        gc.collect()
-        self._open()
-
     def _fail_all(self, error: Exception) -> None:
-        jobs = [*(entry.job for entry in self.entries.values()), *self._waiting]
+        jobs = [entry.job for entry in self.entries.values()]
         self.entries.clear()
         self._ids.clear()
-        self._waiting.clear()
         for job in jobs:
             job.put(error)
 
@@ -245,6 +211,28 @@ class Entry:
 
 def _reason(error: Exception) -> str:
     return f"the engine failed: {type(error).__name__}: {error}"
+
+
+class _Manager(ContinuousBatchingManager):
+    """Transformers' manager, except that a lack of memory ends the requests of the step and not the manager."""
+
+    def __init__(self, engine: ContinuousEngine, generation: GenerationConfig, config: ContinuousBatchingConfig):
+        super().__init__(engine.model, generation, config)
+        self._engine = engine
+
+    def _generation_loop_body(self, batch_processor: ContinuousBatchProcessor, bootstrapping: bool) -> bool:
+        try:
+            return bool(super()._generation_loop_body(batch_processor, bootstrapping))
+        except torch.OutOfMemoryError as error:
+            clear_memory(error)
+            reason = first_sentence(error)
+        scheduler = batch_processor.scheduler
+        numbers = list(scheduler.active_requests)
+        for number in numbers:
+            scheduler.finish_request(number)
+        scheduler.block_new_requests = False
+        self._engine.out_of_memory(numbers, reason)
+        return True
 
 
 class _Router(OutputRouter):

@@ -2,7 +2,6 @@
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -34,7 +33,6 @@ class Engine(ABC):
     def __init__(self, model: PreTrainedModel, limits: Limits):
         self.model = model
         self.limits = limits
-        self._waiting: deque[Job] = deque()
         self._loop: asyncio.AbstractEventLoop | None = None
         # What a model folder recommends (top_k, repetition_penalty, ...) must not leak into requests.
         model.generation_config = GenerationConfig()
@@ -59,6 +57,11 @@ class Engine(ABC):
 
     @property
     @abstractmethod
+    def waiting(self) -> int:
+        """Number of requests that wait for their turn."""
+
+    @property
+    @abstractmethod
     def held(self) -> Held:
         """Slots of the KV cache that are set aside now."""
 
@@ -69,11 +72,6 @@ class Engine(ABC):
     @abstractmethod
     def cancel(self, job: Job) -> None:
         """Drop a job that waits, or end one that runs after the token it is working on; harmless when it has ended."""
-
-    @property
-    def waiting(self) -> int:
-        """Number of requests that wait for their turn."""
-        return len(self._waiting)
 
     def submit(self, job: Job) -> None:
         """Queue a job; raises EngineDeadError, TooLargeError or QueueFullError."""
@@ -116,3 +114,8 @@ def clear_memory(error: BaseException) -> None:
     error.__traceback__ = None
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def first_sentence(error: BaseException) -> str:
+    """What happened, without torch's advice about its allocator."""
+    return str(error).partition(". ")[0]

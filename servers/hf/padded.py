@@ -4,6 +4,7 @@ import asyncio
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -13,7 +14,7 @@ from transformers.cache_utils import StaticLayer
 from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 
-from servers.hf.engine import Engine, Limits, clear_memory
+from servers.hf.engine import Engine, Limits, clear_memory, first_sentence
 from servers.hf.jobs import EngineDeadError, EngineFailedError, Job, OutOfMemoryError, Sampling, Step
 from servers.hf.kv import Held, Row, held_by_batch
 from servers.hf.sampling import Draw, Sampler
@@ -45,6 +46,7 @@ class PaddedEngine(Engine):
         self._compiled = _CompiledCaches(model, limits) if compiled else None
         most = limits.max_batch * limits.max_model_len
         self.capacity = min(most, most if limits.kv_tokens is None else limits.kv_tokens)
+        self._waiting: deque[Job] = deque()
         self._batch: _Batch | None = None
         self._changed = threading.Condition()
         self._closed = False
@@ -77,6 +79,11 @@ class PaddedEngine(Engine):
         """Number of rows of the batch that have not ended."""
         batch = self._batch
         return len(batch.running) if batch else 0
+
+    @property
+    def waiting(self) -> int:
+        """Number of requests that wait for their turn."""
+        return len(self._waiting)
 
     @property
     def held(self) -> Held:
@@ -176,7 +183,7 @@ class PaddedEngine(Engine):
         except torch.OutOfMemoryError as error:
             clear_memory(error)
             left = self._batch.running if self._batch else jobs
-            self._hand_over([(job, OutOfMemoryError(str(error).partition(". ")[0])) for job in left])
+            self._hand_over([(job, OutOfMemoryError(first_sentence(error))) for job in left])
         except Exception:
             if self._batch is None:  # it could not even be made up, and knows nothing of its jobs
                 self._waiting.extendleft(reversed(jobs))
