@@ -262,6 +262,7 @@ def write(out: Path, found: JSON, row: JSON) -> None:
     """Add a cell to what was found, or replace it, and write all figures and the page from them."""
     key = ("rung", "users", "budget", "fit")
     found["cells"] = [cell for cell in found["cells"] if any(cell[k] != row[k] for k in key)] + [row]
+    found["cells"].sort(key=lambda cell: ((*RUNGS, "vllm").index(cell["rung"]), cell["users"]))
     text = json.dumps(found, indent=1).replace(str(Path.home()), "~")
     (out / "ladder.json").write_text(text + "\n")
     (out / "ladder.md").write_text(page(json.loads(text)))

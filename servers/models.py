@@ -191,3 +191,9 @@ def _words(count: int) -> list[str]:
         "".join(rng.choice(part) for _ in range(rng.randint(1, 4)) for part in (starts, middles, ends))
         for _ in range(count)
     ]
+
+
+def unreadable(model: Model, error: Exception) -> ModelError:
+    """The error to raise for a model whose files make no sense to Transformers."""
+    reason = str(error).partition("\n")[0]
+    return ModelError(f"--model: {model.name!r}: cannot be loaded: {reason}")

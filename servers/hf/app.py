@@ -1,7 +1,6 @@
 """The aiohttp application: requests in, chunks out."""
 
 import asyncio
-import json
 import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
@@ -11,6 +10,7 @@ from dataclasses import dataclass
 from aiohttp import web
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+from pydantic_core import to_json
 from transformers import PreTrainedTokenizerFast
 
 from servers.hf.api import (
@@ -35,12 +35,10 @@ from servers.hf.jobs import (
     Sampling,
     TooLargeError,
 )
-from servers.hf.metrics import LedgerCollector, Metrics
+from servers.hf.metrics import Metrics, StateCollector
 from servers.hf.text import TextStream
 
 OPENAI_DEFAULT_MAX_TOKENS = 16
-# Made once: json.dumps with separators makes an encoder for each chunk.
-encode = json.JSONEncoder(separators=(",", ":")).encode
 
 
 @dataclass(frozen=True)
@@ -79,6 +77,7 @@ class Gate:
 
 SERVICE = web.AppKey("service", Service)
 GATE = web.AppKey("gate", Gate)
+STATE = web.AppKey("state", StateCollector)
 
 
 def make_app(service: Service) -> web.Application:
@@ -86,9 +85,8 @@ def make_app(service: Service) -> web.Application:
     app = web.Application(middlewares=[_errors], client_max_size=64 * 2**20)
     app[SERVICE] = service
     app[GATE] = Gate()
-    service.registry.register(LedgerCollector(service.engine, service.bytes_per_token))
-    service.metrics.watch("num_requests_running", "Requests being generated", lambda: service.engine.running)
-    service.metrics.watch("num_requests_waiting", "Requests that wait for their turn", lambda: service.engine.waiting)
+    app[STATE] = StateCollector(service.engine, service.bytes_per_token)
+    service.registry.register(app[STATE])
     app.add_routes(
         [
             web.post("/v1/completions", _completions),
@@ -137,6 +135,7 @@ async def _health(request: web.Request) -> web.Response:
 
 
 async def _metrics(request: web.Request) -> web.Response:
+    await request.app[STATE].read()
     body = generate_latest(request.app[SERVICE].registry)
     return web.Response(body=body, headers={"Content-Type": CONTENT_TYPE_LATEST})
 
@@ -177,10 +176,11 @@ async def _generate(
 ) -> web.StreamResponse:
     service = request.app[SERVICE]
     _check(service, asked, prompt, max_tokens)
+    if request.app[GATE].closed:
+        service.metrics.end("unavailable")
+        raise ApiError(503, "the server is shutting down", kind="unavailable")
     chosen = asked.model_dump(include={"min_tokens", "temperature", "top_p", "top_k", "seed", "ignore_eos"})
     job = Job(prompt, Sampling(max_tokens=max_tokens, **chosen))
-    _submit(service, request.app[GATE], job)
-    service.metrics.prompt_tokens.inc(len(prompt))
     chat = isinstance(asked, ChatRequest)
     reply = Reply(
         id=("chatcmpl-" if chat else "cmpl-") + uuid.uuid4().hex,
@@ -195,21 +195,6 @@ async def _generate(
         return await (
             _stream(request, asked, reply, job, deltas) if asked.stream else _whole(request, reply, job, deltas)
         )
-
-
-def _submit(service: Service, gate: Gate, job: Job) -> None:
-    try:
-        if gate.closed:
-            raise EngineDeadError("the server is shutting down")
-        service.engine.submit(job)
-    except QueueFullError:
-        raise ApiError(429, "too many requests are waiting; try again later", kind="rate_limit_error") from None
-    except TooLargeError as error:
-        message = f"max_tokens: {job.sampling.max_tokens} after {len(job.prompt_ids)} prompt tokens: {error}"
-        raise ApiError(400, message, "max_tokens") from None
-    except EngineDeadError as error:
-        service.metrics.end("unavailable")
-        raise ApiError(503, str(error), kind="unavailable") from None
 
 
 def _check(service: Service, asked: GenerationRequest, prompt: tuple[int, ...], max_tokens: int) -> None:
@@ -231,15 +216,17 @@ def _check(service: Service, asked: GenerationRequest, prompt: tuple[int, ...], 
 
 
 async def _deltas(service: Service, job: Job, text: TextStream) -> AsyncGenerator[Delta]:
-    """Yield what each token adds, keep the metrics, and end the job however this ends."""
+    """Run the job and yield what each token adds; keep the metrics, and end the job however this ends."""
     metrics = service.metrics
     last = job.arrived
     count = 0
-    outcome = "cancelled"
+    outcome: str | None = "cancelled"
     try:
+        service.engine.submit(job)
         async for step in job.steps():
             now = time.monotonic()
             if not count:
+                metrics.prompt_tokens.inc(len(job.prompt_ids))
                 metrics.queue.observe(job.started - job.arrived)
             (metrics.itl if count else metrics.ttft).observe(now - last)
             last, count = now, count + 1
@@ -252,6 +239,9 @@ async def _deltas(service: Service, job: Job, text: TextStream) -> AsyncGenerato
             yield Delta(piece, (step.token_id,), reason)
             if reason:
                 return
+    except (QueueFullError, TooLargeError) as error:
+        outcome = None  # counted with all that are rejected
+        raise _rejection(job, error) from error
     except OutOfMemoryError as error:
         outcome = "oom"
         raise ApiError(503, f"the server ran out of memory: {error}", kind="oom") from error
@@ -261,7 +251,15 @@ async def _deltas(service: Service, job: Job, text: TextStream) -> AsyncGenerato
     finally:
         metrics.generation_tokens.inc(count)
         service.engine.cancel(job)
-        metrics.end(outcome)
+        if outcome:
+            metrics.end(outcome)
+
+
+def _rejection(job: Job, error: Exception) -> ApiError:
+    if isinstance(error, QueueFullError):
+        return ApiError(429, "too many requests are waiting; try again later", kind="rate_limit_error")
+    message = f"max_tokens: {job.sampling.max_tokens} after {len(job.prompt_ids)} prompt tokens: {error}"
+    return ApiError(400, message, "max_tokens")
 
 
 def _timing(service: Service, job: Job, tokens: int) -> JSON:
@@ -286,7 +284,7 @@ async def _stream(
     async def send(chunk: JSON) -> None:
         if options.continuous_usage_stats and "choices" in chunk:
             chunk.setdefault("usage", reply.usage(count))
-        await response.write(b"data: " + encode(chunk).encode() + b"\n\n")
+        await response.write(b"data: " + to_json(chunk) + b"\n\n")
 
     count = 0
     try:

@@ -25,7 +25,7 @@ from transformers.generation.continuous_batching.requests import (
     RequestStatus,
 )
 
-from servers.hf.engine import Engine, Limits, clear_memory, first_sentence
+from servers.hf.engine import Limits, ModelEngine, clear_memory, first_sentence
 from servers.hf.jobs import EngineDeadError, EngineFailedError, Job, OutOfMemoryError, Sampling, Step
 from servers.hf.kv import Held, held_by_blocks
 from servers.hf.sampling import Draw, Sampler
@@ -36,7 +36,7 @@ MAX_BATCH_TOKENS = 2048
 GONE = Draw(Sampling(max_tokens=1, temperature=0, ignore_eos=True), None)
 
 
-class ContinuousEngine(Engine):
+class ContinuousEngine(ModelEngine):
     """Gives requests to Transformers' manager, which schedules them, and takes their tokens from it.
 
     CUDA graphs are off: they would freeze the drawing of the first batch, while each request here has its own seed and
@@ -181,7 +181,7 @@ class ContinuousEngine(Engine):
         """Fail a request after the manager has ended; called in the loop."""
         if entry := self.entries.pop(number, None):
             self._ids.pop(entry.job, None)
-            entry.job.put(EngineFailedError(_reason(error)) if ran else EngineDeadError(_reason(error)))
+            self._hand_over([(entry.job, (EngineFailedError if ran else EngineDeadError)(_reason(error)))])
         if self.manager and not self._error:
             self._error = EngineDeadError(_reason(error))
             self._giving_up = asyncio.create_task(self._give_up(self.manager))
@@ -196,8 +196,7 @@ class ContinuousEngine(Engine):
         jobs = [entry.job for entry in self.entries.values()]
         self.entries.clear()
         self._ids.clear()
-        for job in jobs:
-            job.put(error)
+        self._hand_over([(job, error) for job in jobs])
 
 
 @dataclass(eq=False)

@@ -2,14 +2,17 @@
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from servers.hf.jobs import EngineDeadError, Job, QueueFullError, Sampling, Step, TooLargeError
 from servers.hf.kv import Held
+
+#: What a step gives: a token or an error for each of some jobs.
+Outputs = Sequence[tuple[Job, Step | Exception]]
 
 
 @dataclass(frozen=True)
@@ -23,19 +26,26 @@ class Limits:
     eos_token_ids: frozenset[int] = frozenset()
 
 
+@dataclass(frozen=True)
+class State:
+    """What an engine holds at one moment: requests, slots of its KV cache, and on a GPU the bytes of torch's allocator.
+
+    `running`: in the batch and not ended. `waiting`: not yet. `allocator`: bytes held by tensors, bytes reserved.
+    """
+
+    running: int = 0
+    waiting: int = 0
+    held: Held = field(default_factory=Held)
+    allocator: tuple[int, int] | None = None
+
+
 class Engine(ABC):
-    """Runs the model in a thread of its own; all methods are called in the event loop that `start` ran in."""
+    """Generates tokens for jobs; all methods are called in the event loop that `start` ran in."""
 
     name: str
+    limits: Limits
     #: Slots of the KV cache that may be set aside at most.
     capacity: int
-
-    def __init__(self, model: PreTrainedModel, limits: Limits):
-        self.model = model
-        self.limits = limits
-        self._loop: asyncio.AbstractEventLoop | None = None
-        # What a model folder recommends (top_k, repetition_penalty, ...) must not leak into requests.
-        model.generation_config = GenerationConfig()
 
     @abstractmethod
     async def start(self) -> None:
@@ -49,6 +59,31 @@ class Engine(ABC):
     @abstractmethod
     def alive(self) -> bool:
         """Whether requests are taken."""
+
+    @abstractmethod
+    async def state(self) -> State:
+        """What is held now."""
+
+    @abstractmethod
+    def submit(self, job: Job) -> None:
+        """Queue a job; EngineDeadError, TooLargeError or QueueFullError is raised, or is what the job ends with."""
+
+    @abstractmethod
+    def cancel(self, job: Job) -> None:
+        """Drop a job that waits, or end one that runs after the token it is working on; harmless when it has ended."""
+
+
+class ModelEngine(Engine):
+    """An engine that runs the model in a thread of this process."""
+
+    def __init__(self, model: PreTrainedModel, limits: Limits):
+        self.model = model
+        self.limits = limits
+        self._loop: asyncio.AbstractEventLoop | None = None
+        #: Where tokens and errors go, in the engine's thread: to the jobs in the event loop, unless replaced.
+        self.deliver: Callable[[Outputs], None] = self._to_jobs
+        # What a model folder recommends (top_k, repetition_penalty, ...) must not leak into requests.
+        model.generation_config = GenerationConfig()
 
     @property
     @abstractmethod
@@ -69,9 +104,12 @@ class Engine(ABC):
     def slots(self, job: Job) -> int:
         """Slots that the job takes when it runs alone."""
 
-    @abstractmethod
-    def cancel(self, job: Job) -> None:
-        """Drop a job that waits, or end one that runs after the token it is working on; harmless when it has ended."""
+    async def state(self) -> State:
+        """What is held now."""
+        allocator = None
+        if self.model.device.type == "cuda":
+            allocator = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+        return State(self.running, self.waiting, self.held, allocator)
 
     def submit(self, job: Job) -> None:
         """Queue a job; raises EngineDeadError, TooLargeError or QueueFullError."""
@@ -92,10 +130,14 @@ class Engine(ABC):
     def _enqueue(self, job: Job) -> None:
         """Take a job that has passed all checks."""
 
-    def _hand_over(self, steps: Sequence[tuple[Job, Step | Exception]]) -> None:
-        """Give each job its token or its error; called from the engine's thread, one wake-up of the loop for all."""
-        if steps and self._loop and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(_deliver, steps)
+    def _hand_over(self, outputs: Outputs) -> None:
+        """Give each job its token or its error."""
+        if outputs:
+            self.deliver(outputs)
+
+    def _to_jobs(self, outputs: Outputs) -> None:
+        if self._loop and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(_deliver, outputs)  # one wake-up of the loop for all
 
     def _finish_reason(self, job: Job, token_id: int, made: int) -> str | None:
         """Why the token ends the output, `made` being the number of tokens with it."""
@@ -104,9 +146,9 @@ class Engine(ABC):
         return "length" if made == job.sampling.max_tokens else None
 
 
-def _deliver(steps: Sequence[tuple[Job, Step | Exception]]) -> None:
-    for job, step in steps:
-        job.put(step)
+def _deliver(outputs: Outputs) -> None:
+    for job, output in outputs:
+        job.put(output)
 
 
 def clear_memory(error: BaseException) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
@@ -58,30 +59,38 @@ class Step:
 class Job:
     """One request. Times are CLOCK_MONOTONIC in seconds, all but `arrived` taken by the engine.
 
-    `started`: it left the queue. `first`, `last`: its first token was made, and the last so far.
+    `started`: it left the queue. `first`, `last`: its first token was made, and the last so far. `number` names it
+    where it runs in another process than the one that asked for it.
     """
 
     def __init__(self, prompt_ids: tuple[int, ...], sampling: Sampling):
         self.prompt_ids = prompt_ids
         self.sampling = sampling
+        self.number = -1
         self.arrived = time.monotonic()
         self.started = self.first = self.last = 0.0
         self.cancelled = False
-        self._steps: asyncio.Queue[Step | Exception] = asyncio.Queue()
+        self._outputs: deque[Step | Exception] = deque()
+        self._wanted: asyncio.Future[None] | None = None
 
     @property
     def max_slots(self) -> int:
         """Tokens whose keys and values it may come to store: all but the last, which is never fed back."""
         return len(self.prompt_ids) + self.sampling.max_tokens - 1
 
-    def put(self, step: Step | Exception) -> None:
+    def put(self, output: Step | Exception) -> None:
         """Hand over a token, or the error that ended the job; to be called in the event loop."""
-        self._steps.put_nowait(step)
+        self._outputs.append(output)
+        if self._wanted and not self._wanted.done():
+            self._wanted.set_result(None)
 
     async def steps(self) -> AsyncIterator[Step]:
         """Yield each token as it is made; raises what the engine failed with."""
         while True:
-            step = await self._steps.get()
+            while not self._outputs:
+                self._wanted = asyncio.get_running_loop().create_future()
+                await self._wanted
+            step = self._outputs.popleft()
             if isinstance(step, Exception):
                 raise step
             self.first = self.first or step.at

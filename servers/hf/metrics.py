@@ -1,13 +1,12 @@
 """Prometheus metrics, named like vLLM's where the meaning is the same."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
-import torch
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from servers.hf.engine import Engine
+from servers.hf.engine import Engine, State
 
 # Fine enough for a small model on a fast GPU; about 25 % apart at the low end.
 BUCKETS = (
@@ -34,9 +33,8 @@ class Metrics:
         def counter(name: str, text: str) -> Counter:
             return Counter(f"hf:{name}", text, labels, registry=registry).labels(engine)
 
-        self._registry = registry
         self._engine = engine
-        self.prompt_tokens = counter("prompt_tokens", "Prompt tokens of the requests that were taken")
+        self.prompt_tokens = counter("prompt_tokens", "Prompt tokens of the requests that began")
         self.generation_tokens = counter("generation_tokens", "Tokens that were generated")
         self.ttft = histogram("time_to_first_token", "From the request's arrival to its first token")
         self.queue = histogram("request_queue_time", "From the request's arrival to its start in the engine")
@@ -48,25 +46,28 @@ class Metrics:
         for outcome in OUTCOMES:
             self.finished.labels(engine, outcome)
 
-    def watch(self, name: str, text: str, read: Callable[[], float]) -> None:
-        """Export a gauge that is read at scrape."""
-        Gauge(f"hf:{name}", text, ["engine"], registry=self._registry).labels(self._engine).set_function(read)
-
     def end(self, outcome: str) -> None:
         """Count a request that ended: one of OUTCOMES."""
         self.finished.labels(self._engine, outcome).inc()
 
 
-class LedgerCollector(Collector):
-    """Exports what the KV cache and, on a GPU, torch's allocator hold: one consistent reading at each scrape."""
+class StateCollector(Collector):
+    """Exports the state of an engine that was last read."""
 
     def __init__(self, engine: Engine, bytes_per_token: int):
         self._engine = engine
         self._bytes_per_token = bytes_per_token
+        self._state = State()
+
+    async def read(self) -> None:
+        """Read the state once, so that all gauges of a scrape are of one moment."""
+        self._state = await self._engine.state()
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
-        """Read the ledger once; called by the registry."""
-        held = self._engine.held
+        """Called by the registry."""
+        state, held = self._state, self._state.held
+        yield self._gauge("num_requests_running", "Requests being generated", state.running)
+        yield self._gauge("num_requests_waiting", "Requests that wait for their turn", state.waiting)
         for unit, size in (("tokens", 1), ("bytes", self._bytes_per_token)):
             yield self._gauge(f"kv_capacity_{unit}", "The most that may be set aside", self._engine.capacity * size)
             yield self._gauge(f"kv_allocated_{unit}", "Set aside for sequences now", held.allocated * size)
@@ -75,11 +76,10 @@ class LedgerCollector(Collector):
             for reason, slots in held.waste.items():
                 waste.add_metric([self._engine.name, reason], slots * size)
             yield waste
-        if self._engine.model.device.type == "cuda":
-            yield from self._allocator()
+        if state.allocator:
+            yield from self._allocator(*state.allocator)
 
-    def _allocator(self) -> Iterator[GaugeMetricFamily]:
-        allocated, reserved = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+    def _allocator(self, allocated: int, reserved: int) -> Iterator[GaugeMetricFamily]:
         yield self._gauge("torch_allocated_bytes", "Held by tensors", allocated)
         yield self._gauge("torch_reserved_bytes", "Taken from the driver by torch's allocator", reserved)
         share = (reserved - allocated) / reserved if reserved else 0.0

@@ -14,7 +14,7 @@ from transformers.cache_utils import StaticLayer
 from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 
-from servers.hf.engine import Engine, Limits, clear_memory, first_sentence
+from servers.hf.engine import Limits, ModelEngine, clear_memory, first_sentence
 from servers.hf.jobs import EngineDeadError, EngineFailedError, Job, OutOfMemoryError, Sampling, Step
 from servers.hf.kv import Held, Row, held_by_batch
 from servers.hf.sampling import Draw, Sampler
@@ -23,7 +23,7 @@ FILLER = Sampling(max_tokens=1, temperature=0, ignore_eos=True)
 logger = logging.getLogger(__name__)
 
 
-class PaddedEngine(Engine):
+class PaddedEngine(ModelEngine):
     """Requests that wait become one left-padded batch, which runs to its longest row; a batch of one is `sequential`.
 
     A static cache sets `max_model_len` slots aside for each row, a dynamic one grows with every token. A compiled

@@ -10,7 +10,10 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
-from servers.hf.__main__ import Settings, limits, load, main, service
+from servers.hf.__main__ import load_tokenizer, main
+from servers.hf.engine import ModelEngine
+from servers.hf.settings import Settings
+from servers.hf.worker import limits, load, make_engine
 from servers.models import Model, ModelError
 from servers.settings import listen
 
@@ -19,16 +22,20 @@ def settings(**changes: Any) -> Settings:
     return Settings(threads=1, **changes)
 
 
-def test_the_service_is_that_of_the_model(tiny: Model) -> None:
-    served = service(settings(model=tiny.source))
-    assert (served.name, served.vocab_size, served.max_model_len) == (tiny.source, 2048, 2048)
-    assert served.engine.model.dtype == torch.float32
+def engine(tiny: Model, **changes: Any) -> ModelEngine:
+    return make_engine(settings(**changes), tiny)
+
+
+def test_the_engine_runs_the_model(tiny: Model) -> None:
+    made = engine(tiny)
+    assert (made.name, made.limits.max_model_len, made.model.config.vocab_size) == ("sequential", 2048, 2048)
+    assert made.model.dtype == torch.float32
 
 
 def test_the_context_may_be_made_shorter_but_not_longer(tiny: Model) -> None:
-    assert service(settings(model=tiny.source, max_model_len=100)).max_model_len == 100
+    assert engine(tiny, max_model_len=100).limits.max_model_len == 100
     with pytest.raises(ModelError, match=r"--max-model-len: 4096: the model's limit is 2048"):
-        service(settings(model=tiny.source, max_model_len=4096))
+        engine(tiny, max_model_len=4096)
 
 
 @pytest.mark.parametrize(
@@ -52,8 +59,8 @@ def test_the_context_may_be_made_shorter_but_not_longer(tiny: Model) -> None:
 def test_options_and_budget_say_which_engine_it_is_and_what_it_may_hold(
     tiny: Model, options: dict[str, Any], name: str, rows: int, capacity: int
 ) -> None:
-    engine = service(settings(model=tiny.source, **options)).engine
-    assert (engine.name, engine.limits.max_batch, engine.capacity) == (name, rows, capacity)
+    made = engine(tiny, **options)
+    assert (made.name, made.limits.max_batch, made.capacity) == (name, rows, capacity)
 
 
 @pytest.mark.parametrize(
@@ -74,8 +81,8 @@ def test_a_budget_that_holds_nothing_is_refused_with_the_least_that_would_do(
     with pytest.raises(
         ModelError, match=rf"^--kv-budget: {budget}: {least * 4096} bytes are the least, {least} tokens? of 4096 bytes"
     ):
-        service(settings(model=tiny.source, kv_budget=budget, **options))
-    assert service(settings(model=tiny.source, kv_budget=budget + 1, **options)).engine.capacity == least
+        engine(tiny, kv_budget=budget, **options)
+    assert engine(tiny, kv_budget=budget + 1, **options).capacity == least
 
 
 @pytest.mark.parametrize("option", [{"compile": True}, {"cache": "static"}], ids=str)
@@ -107,9 +114,10 @@ def test_weights_are_made_in_place_for_a_model_without_any(
 ) -> None:
     folder = tmp_path / "model"
     shutil.copytree(tiny.source, folder, ignore=shutil.ignore_patterns("*.safetensors"))
-    weights, tokenizer = load(settings(dtype=dtype), Model("random:tiny", str(folder), weights=False))
+    model = Model("random:tiny", str(folder), weights=False)
+    weights = load(settings(dtype=dtype), model)
     assert (weights.dtype, weights.training) == (expected, False)
-    assert len(tokenizer) == 2048
+    assert len(load_tokenizer(model)) == 2048
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int | str | None:
