@@ -13,13 +13,13 @@ import transformers
 
 from servers import models
 from servers.hf.continuous import ContinuousEngine
-from servers.hf.engine import Engine, Limits
+from servers.hf.engine import Limits, ModelEngine
 from servers.hf.jobs import Job, Sampling
 from servers.hf.kv import Held
 from servers.hf.padded import PaddedEngine
 
-MakeEngine = Callable[..., Engine]
-Start = Callable[..., Awaitable[Engine]]
+MakeEngine = Callable[..., ModelEngine]
+Start = Callable[..., Awaitable[ModelEngine]]
 Greedy = Callable[[Sequence[int], int], list[int]]
 FailForward = Callable[..., None]
 Outcome = tuple[list[int], str | None]
@@ -48,7 +48,7 @@ async def tokens(job: Job, count: int = 1) -> list[int]:
         return [(await anext(job.steps())).token_id for _ in range(count)]
 
 
-async def serve(engine: Engine, jobs: Sequence[Job]) -> list[Outcome]:
+async def serve(engine: ModelEngine, jobs: Sequence[Job]) -> list[Outcome]:
     """Submit jobs at the same moment and collect their tokens."""
     for one in jobs:
         engine.submit(one)
@@ -67,7 +67,7 @@ async def until(condition: Callable[[], bool]) -> None:
             await asyncio.sleep(0.001)
 
 
-def idle(engine: Engine) -> bool:
+def idle(engine: ModelEngine) -> bool:
     """Whether the engine holds nothing."""
     return (engine.running, engine.waiting, engine.held) == (0, 0, Held())
 
@@ -115,7 +115,7 @@ def make_engine(weights: Any) -> MakeEngine:
 
     def make_engine(
         kind: str, model: Any = None, max_wait_seconds: float = 0.0, block_size: int = 16, **limits: Any
-    ) -> Engine:
+    ) -> ModelEngine:
         rows = {"sequential": 1}.get(kind, 4)
         given = Limits(**{"max_model_len": 96, "max_batch": rows, **limits})
         if kind == "continuous":
@@ -132,7 +132,7 @@ async def start(make_engine: MakeEngine) -> AsyncIterator[Start]:
     """Starts engines as `make_engine` builds them, and closes them after the test."""
     async with AsyncExitStack() as stack:
 
-        async def start(kind: str, **arguments: Any) -> Engine:
+        async def start(kind: str, **arguments: Any) -> ModelEngine:
             engine = make_engine(kind, **arguments)
             stack.push_async_callback(engine.close)
             async with asyncio.timeout(30):

@@ -18,7 +18,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from servers.hf.app import Service, make_app
 from servers.hf.continuous import ContinuousEngine
-from servers.hf.engine import Engine, Limits
+from servers.hf.engine import Limits, ModelEngine
 from servers.hf.kv import bytes_per_token
 from servers.hf.metrics import Metrics
 from servers.hf.padded import PaddedEngine
@@ -37,7 +37,7 @@ ENDLESS: JSON = {"prompt": PROMPT, "max_tokens": 2000, "ignore_eos": True, "temp
 HELLO: JSON = {"messages": [{"role": "user", "content": "Hello!"}]}
 
 
-def make_engine(rung: str, weights: Any, limits: Limits, max_wait: float = 0.005) -> Engine:
+def make_engine(rung: str, weights: Any, limits: Limits, max_wait: float = 0.005) -> ModelEngine:
     """An engine of the rung; one that is sequential has no other limit of rows than 1."""
     if rung == "continuous":
         return ContinuousEngine(weights, limits, BLOCK_SIZE)
@@ -51,6 +51,7 @@ class Server:
     """A running server, and short ways to ask it."""
 
     service: Service
+    engine: ModelEngine
     client: TestClient[Any, Any]
 
     def post(self, path: str = "completions", **fields: Any) -> Awaitable[aiohttp.ClientResponse]:
@@ -93,7 +94,7 @@ class Server:
 
     async def metric(self, name: str, **labels: str) -> float:
         """Read a metric of the engine; 0 if it was never counted."""
-        wanted = {"engine": self.service.engine.name, **labels}
+        wanted = {"engine": self.engine.name, **labels}
         return sum(value for sample, found, value in await self.samples() if sample == f"hf:{name}" and found == wanted)
 
     async def samples(self) -> list[tuple[str, dict[str, str], float]]:
@@ -124,7 +125,7 @@ class Server:
 
     async def until(self, running: int, waiting: int = 0) -> None:
         """Wait until the engine is as busy as that."""
-        engine = self.service.engine
+        engine = self.engine
 
         def busy() -> tuple[int, int]:
             return engine.running, engine.waiting
@@ -134,7 +135,7 @@ class Server:
     async def until_released(self) -> None:
         """Wait until no slot of the KV cache is set aside and nothing runs or waits."""
         await self.until(running=0)
-        engine = self.service.engine
+        engine = self.engine
         await eventually(lambda: engine.held.allocated == 0, lambda: engine.held)
 
 
@@ -197,7 +198,7 @@ class Serve:
         server = TestServer(app)
         client = TestClient(server, timeout=aiohttp.ClientTimeout(total=60))
         await self._stack.enter_async_context(client)
-        return Server(service, client)
+        return Server(service, engine, client)
 
 
 @asynccontextmanager

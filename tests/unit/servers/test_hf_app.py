@@ -264,7 +264,7 @@ async def test_the_model_and_its_context_are_listed(sequential: Server) -> None:
 
 async def test_health_is_that_of_the_engine(server: Server) -> None:
     assert await server.health() == 200
-    await server.service.engine.close()
+    await server.engine.close()
     assert await server.health() == 503
 
 
@@ -289,7 +289,7 @@ async def test_sequential_requests_are_served_one_at_a_time_in_the_order_they_ca
 
 async def test_a_client_that_leaves_a_stream_frees_the_engine(server: Server) -> None:
     (response,) = await server.begin()
-    assert server.service.engine.running == 1
+    assert server.engine.running == 1
     response.close()
     await server.until_released()
     assert server.outcomes() == {"cancelled": 1}
@@ -313,7 +313,7 @@ async def test_a_client_that_leaves_before_the_whole_answer_frees_the_engine(ser
 @each_rung
 async def test_a_client_that_leaves_while_it_waits_loses_its_place(serve: Serve, rung: str) -> None:
     server = await serve(rung, max_batch=2, max_wait=0.4)
-    rows = server.service.engine.limits.max_batch
+    rows = server.engine.limits.max_batch
     running = await server.begin(rows)
     asking = asyncio.ensure_future(server.post(max_tokens=1))
     await server.until(running=rows, waiting=1)
@@ -329,9 +329,9 @@ async def test_a_client_that_leaves_while_it_waits_loses_its_place(serve: Serve,
 async def test_a_server_that_is_stopped_ends_its_work_at_once_and_says_why(server: Server) -> None:
     (running,) = await server.begin()
     begun = time.monotonic()
-    await server.service.engine.close()
+    await server.engine.close()
     assert time.monotonic() - begun < 2
-    assert server.service.engine.running == 0
+    assert server.engine.running == 0
     last = (await running.text()).split("\n\n")[-2]
     assert '"message":"the server is shutting down"' in last
     assert '"code":503' in last

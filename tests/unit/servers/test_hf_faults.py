@@ -52,7 +52,7 @@ def probe(server: Server, weights: Any) -> Iterator[Probe]:
 
 
 def rows(server: Server) -> int:
-    return server.service.engine.limits.max_batch
+    return server.engine.limits.max_batch
 
 
 async def ending(response: aiohttp.ClientResponse) -> JSON:
@@ -84,7 +84,7 @@ async def test_a_lack_of_memory_before_the_first_token_is_a_503_and_the_server_g
     assert server.outcomes() == {"oom": 1}
     await serves(server)
     held = await server.held()
-    assert {name: slots for name, slots in held.items() if slots} == {"capacity": server.service.engine.capacity}
+    assert {name: slots for name, slots in held.items() if slots} == {"capacity": server.engine.capacity}
 
 
 async def test_a_lack_of_memory_inside_streams_ends_all_that_ran_with_an_error_and_without_done(
@@ -188,7 +188,7 @@ async def test_a_request_that_comes_in_the_instant_of_a_crash_is_not_forgotten(
     server: Server, probe: Probe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The engine fails between the check whether it lives and the queue, where nobody would look any more."""
-    engine = server.service.engine
+    engine = server.engine
     slots = engine.slots
 
     def crash_first(job: Job) -> int:
@@ -260,7 +260,7 @@ async def test_more_requests_than_the_budget_holds_take_turns(serve: Serve, rung
     peak = 0
     asking = [asyncio.ensure_future(server.whole(**fields)) for _ in range(6)]
     while not all(one.done() for one in asking):
-        peak = max(peak, server.service.engine.held.allocated)
+        peak = max(peak, server.engine.held.allocated)
         await asyncio.sleep(0.001)
     answers = [await one for one in asking]
     assert len({answer["choices"][0]["text"] for answer in answers}) == 1

@@ -47,7 +47,7 @@ async def test_every_outcome_is_exported_from_the_start(server: Server) -> None:
 
 async def test_every_sample_names_its_engine(server: Server) -> None:
     samples = await server.samples()
-    assert {labels["engine"] for _, labels, _ in samples} == {server.service.engine.name}
+    assert {labels["engine"] for _, labels, _ in samples} == {server.engine.name}
     assert len({(name, *sorted(labels.items())) for name, labels, _ in samples}) == len(samples)
 
 
@@ -87,7 +87,7 @@ async def test_tokens_of_requests_that_did_not_end_well_count_as_generated(serve
 async def test_a_request_that_waits_is_counted_as_waiting_and_its_wait_as_queue_time(
     server: Server, probe: Probe
 ) -> None:
-    rows = server.service.engine.limits.max_batch
+    rows = server.engine.limits.max_batch
     running = await server.begin(rows)
     before = await server.metric("request_queue_time_seconds_sum")
     hold = await probe.hold()
@@ -122,7 +122,7 @@ async def test_the_ledger_of_one_request_is_exported_in_tokens_and_bytes(serve: 
     }
     for unit, size in (("tokens", 1), ("bytes", BYTES_PER_TOKEN)):
         held = await server.held(unit)
-        capacity = server.service.engine.capacity * size
+        capacity = server.engine.capacity * size
         slots = {name: count * size for name, count in expected[rung].items()}
         nothing = dict.fromkeys(("reserved", "padding", "finished", "fragmentation"), 0)
         assert held == {**nothing, **slots, "capacity": capacity}
@@ -145,7 +145,7 @@ async def test_the_ledger_of_a_batch_tells_its_waste_by_reason(serve: Serve, run
     static = {"reserved": (29 - 10) + (11 - 10), "fragmentation": (CONTEXT - 29) + (CONTEXT - 11)}
     waste = {"padding": 7, "finished": 0, **(static if room == CONTEXT else {"reserved": 0, "fragmentation": 0})}
     assert await server.held() == {
-        **waste, "live": 13, "allocated": 2 * room, "capacity": server.service.engine.capacity
+        **waste, "live": 13, "allocated": 2 * room, "capacity": server.engine.capacity
     }  # fmt: skip
     # Two passes later: `passes` counts the one that is held.
     later = probe.plan_hold(after=1)
@@ -157,7 +157,7 @@ async def test_the_ledger_of_a_batch_tells_its_waste_by_reason(serve: Serve, run
     static = {"reserved": 29 - 12, "fragmentation": CONTEXT - 29}
     waste = {"padding": 0, "finished": room, **(static if room == CONTEXT else {"reserved": 0, "fragmentation": 0})}
     assert await server.held() == {
-        **waste, "live": 12, "allocated": 2 * room, "capacity": server.service.engine.capacity
+        **waste, "live": 12, "allocated": 2 * room, "capacity": server.engine.capacity
     }  # fmt: skip
     probe.remove()
     await long
