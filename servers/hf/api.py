@@ -40,7 +40,7 @@ class GenerationRequest(_Strict):
     min_tokens: int = Field(0, ge=0)
     temperature: float = Field(1.0, ge=0, le=2)
     top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(0, ge=-1, description="0 and -1: off")
+    top_k: int = Field(0, ge=-1, lt=2**63, description="0 and -1: off")
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stop: str | list[str] = Field(default_factory=list)
     stream: bool = False

@@ -6,6 +6,7 @@ import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, nullcontext, suppress
 from dataclasses import dataclass
+from functools import cached_property
 
 from aiohttp import web
 from prometheus_client import CollectorRegistry
@@ -54,6 +55,11 @@ class Service:
     metrics: Metrics
     registry: CollectorRegistry
     per_request_metrics: bool = False
+
+    @cached_property
+    def max_characters(self) -> int:
+        """No text that is longer can fit into the context."""
+        return self.max_model_len * max(map(len, self.tokenizer.get_vocab()))
 
 
 class Gate:
@@ -112,7 +118,9 @@ async def drain(app: web.Application, seconds: float) -> None:
     with suppress(TimeoutError):
         await asyncio.wait_for(app[GATE].idle.wait(), seconds)
     await app[SERVICE].engine.close()
-    await app[GATE].idle.wait()
+    # Those that are told of the end need an instant; a client that does not send or read must not hold it up.
+    with suppress(TimeoutError):
+        await asyncio.wait_for(app[GATE].idle.wait(), 1)
 
 
 @web.middleware
@@ -122,11 +130,17 @@ async def _errors(
     with request.app[GATE] if request.method == "POST" else nullcontext():
         try:
             return await handler(request)
+        except ConnectionResetError:
+            # The client left in the instant of a write, before the handler was cancelled; nobody reads this answer.
+            return web.Response(status=499)
+        except web.HTTPRequestEntityTooLarge as error:
+            refused = ApiError(413, str(error.text))
         except ApiError as error:
-            if error.status < 500:
-                request.app[SERVICE].metrics.end("rejected")
-            headers = {"Retry-After": "1"} if error.status in (429, 503) else {}
-            return web.json_response(error.body, status=error.status, headers=headers)
+            refused = error
+        if refused.status < 500:
+            request.app[SERVICE].metrics.end("rejected")
+        headers = {"Retry-After": "1"} if refused.status in (429, 503) else {}
+        return web.json_response(refused.body, status=refused.status, headers=headers)
 
 
 async def _health(request: web.Request) -> web.Response:
@@ -150,6 +164,7 @@ async def _completions(request: web.Request) -> web.StreamResponse:
     service = request.app[SERVICE]
     asked = parse(CompletionRequest, await request.read())
     if isinstance(asked.prompt, str):
+        _check_text(service, "prompt", len(asked.prompt))
         prompt = tuple(service.tokenizer(asked.prompt)["input_ids"])
     else:
         prompt = tuple(asked.prompt)
@@ -163,6 +178,7 @@ async def _chat(request: web.Request) -> web.StreamResponse:
         raise ApiError(400, "messages: the model has no chat template; use /v1/completions", "messages")
     if asked.max_tokens and asked.max_completion_tokens:
         raise ApiError(400, "max_tokens: give either max_tokens or max_completion_tokens", "max_tokens")
+    _check_text(service, "messages", sum(len(message.text) for message in asked.messages))
     messages = [{"role": message.role, "content": message.text} for message in asked.messages]
     prompt = tuple(
         service.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
@@ -195,6 +211,12 @@ async def _generate(
         return await (
             _stream(request, asked, reply, job, deltas) if asked.stream else _whole(request, reply, job, deltas)
         )
+
+
+def _check_text(service: Service, field: str, characters: int) -> None:
+    """Refuse a text of megabytes before it is tokenized, which would hold up everybody."""
+    if characters > service.max_characters:
+        raise ApiError(400, f"{field}: {characters} characters are more than {service.max_model_len} tokens", field)
 
 
 def _check(service: Service, asked: GenerationRequest, prompt: tuple[int, ...], max_tokens: int) -> None:
