@@ -181,7 +181,8 @@ class ContinuousEngine(ModelEngine):
         """Fail a request after the manager has ended; called in the loop."""
         if entry := self.entries.pop(number, None):
             self._ids.pop(entry.job, None)
-            self._hand_over([(entry.job, (EngineFailedError if ran else EngineDeadError)(_reason(error)))])
+            kind = EngineFailedError if ran or entry.made else EngineDeadError
+            self._hand_over([(entry.job, kind(_reason(error)))])
         if self.manager and not self._error:
             self._error = EngineDeadError(_reason(error))
             self._giving_up = asyncio.create_task(self._give_up(self.manager))
@@ -213,23 +214,25 @@ def _reason(error: Exception) -> str:
 
 
 class _Manager(ContinuousBatchingManager):
-    """Transformers' manager, except that a lack of memory ends the requests of the step and not the manager."""
+    """Transformers' manager, except that a lack of memory ends the requests of the step and not the manager itself."""
 
     def __init__(self, engine: ContinuousEngine, generation: GenerationConfig, config: ContinuousBatchingConfig):
         super().__init__(engine.model, generation, config)
         self._engine = engine
 
     def _generation_loop_body(self, batch_processor: ContinuousBatchProcessor, bootstrapping: bool) -> bool:
+        scheduler = batch_processor.scheduler
+        if not scheduler.active_requests:
+            # A full cache keeps new requests out until one ends, which one that is cancelled does not do.
+            scheduler.block_new_requests = False
         try:
             return bool(super()._generation_loop_body(batch_processor, bootstrapping))
         except torch.OutOfMemoryError as error:
             clear_memory(error)
             reason = first_sentence(error)
-        scheduler = batch_processor.scheduler
         numbers = list(scheduler.active_requests)
         for number in numbers:
             scheduler.finish_request(number)
-        scheduler.block_new_requests = False
         self._engine.out_of_memory(numbers, reason)
         return True
 

@@ -115,6 +115,8 @@ class ModelEngine(Engine):
         """Queue a job; raises EngineDeadError, TooLargeError or QueueFullError."""
         if not self.alive:
             raise EngineDeadError("the engine is not running")
+        if job.max_slots > self.limits.max_model_len:
+            raise TooLargeError(f"{job.max_slots} tokens are more than the context of {self.limits.max_model_len}")
         if self.slots(job) > self.capacity:
             raise TooLargeError(f"{self.slots(job)} tokens of KV cache are needed, {self.capacity} is all there is")
         if self.running + self.waiting >= self.limits.max_batch + self.limits.max_waiting:
