@@ -186,10 +186,9 @@ def measure_bare(bare: Bare, requests: Sequence[Request], users: int) -> Cell:
     return Cell("bare", users, 0, seconds, prompt_tokens, output_tokens, median(ttfts) if ttfts else None)
 
 
-def run(bench: Bench) -> list[Cell]:
-    """Measure every program at every concurrency, in order and in the reverse order by turns."""
+def run(bench: Bench, cells: list[Cell]) -> None:
+    """Measure every program at every concurrency, in order and in the reverse order by turns; adds to the cells."""
     source = prompts(bench)
-    cells = []
     with ExitStack() as stack:
         measures = start(bench, stack)
         for users, repeat in itertools.product(bench.concurrency, range(bench.repeats)):
@@ -201,18 +200,17 @@ def run(bench: Bench) -> list[Cell]:
                 cells.append(cell)
                 speed = f"{cell.tokens_per_second:.1f} tokens/s"
                 print(f"{users} in flight, repeat {repeat}, {name}: {speed}", file=sys.stderr)
-    return cells
 
 
 def compare(cells: Sequence[Cell], rung: str, peer: str, users: int) -> JSON:
     """The ratios of a rung to its peer, repeat by repeat; `same_work` says that all token counts were equal."""
-    own, other = ([c for c in cells if (c.program, c.concurrency) == (name, users)] for name in (rung, peer))
-    pairs = list(zip(own, other, strict=True))
+    own, other = ({c.repeat: c for c in cells if (c.program, c.concurrency) == (n, users)} for n in (rung, peer))
+    pairs = [(own[repeat], other[repeat]) for repeat in own if repeat in other]
     same = all((a.prompt_tokens, a.output_tokens) == (b.prompt_tokens, b.output_tokens) for a, b in pairs)
     figures: JSON = {"rung": rung, "peer": peer, "concurrency": users, "same_work": same}
     for name in ("tokens_per_second", "ttft_p50"):
         values = [(getattr(a, name), getattr(b, name)) for a, b in pairs]
-        if all(None not in value for value in values):
+        if values and all(None not in value for value in values):
             ratios = [a / b for a, b in values]
             figures[name] = {
                 "rung": median(a for a, _ in values),
@@ -264,16 +262,8 @@ def parse(arguments: Sequence[str]) -> tuple[Bench, Path | None]:
     return Bench(model, "cuda" if gpu else "cpu", "bfloat16" if gpu else "float32", threads, **given), out
 
 
-def main() -> int:
-    """Run the benchmark; 1 when a program fails or the work was not the same."""
-    try:
-        bench, out = parse(sys.argv[1:])
-        cells = run(bench)
-    except (RunError, ModelError) as error:
-        print(f"benchmarks.hf_server: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
+def report(bench: Bench, cells: Sequence[Cell], out: Path | None) -> bool:
+    """Print the comparisons of what was measured, and write it all to a file; True when the work was the same."""
     pairs = [(rung, peer, users) for users in bench.concurrency for rung in bench.rungs for peer in PEERS[rung]]
     comparisons = [compare(cells, *pair) for pair in pairs]
     print(table(comparisons))
@@ -282,7 +272,27 @@ def main() -> int:
         rows = [asdict(cell) | {"tokens_per_second": cell.tokens_per_second} for cell in cells]
         text = json.dumps(found | {"comparisons": comparisons, "cells": rows}, indent=1) + "\n"
         out.write_text(text.replace(str(Path.home()), "~"))
-    return 0 if all(comparison["same_work"] for comparison in comparisons) else 1
+    return all(comparison["same_work"] for comparison in comparisons)
+
+
+def main() -> int:
+    """Run the benchmark; 1 when a program fails or the work was not the same. What was measured before is reported."""
+    cells: list[Cell] = []
+    try:
+        bench, out = parse(sys.argv[1:])
+    except ModelError as error:
+        print(f"benchmarks.hf_server: {error}", file=sys.stderr)
+        return 1
+    try:
+        run(bench, cells)
+    except RunError as error:
+        print(f"benchmarks.hf_server: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    finally:
+        same = report(bench, cells, out) if cells else False
+    return 0 if same else 1
 
 
 if __name__ == "__main__":
