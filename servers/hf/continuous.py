@@ -194,7 +194,7 @@ class ContinuousEngine(ModelEngine):
         self._fail_all(self._error or EngineDeadError("the engine failed"))
 
     def _fail_all(self, error: Exception) -> None:
-        jobs = [entry.job for entry in self.entries.values()]
+        jobs = [entry.job for entry in list(self.entries.values())]  # a step may end in the meantime
         self.entries.clear()
         self._ids.clear()
         self._hand_over([(job, error) for job in jobs])

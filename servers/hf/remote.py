@@ -4,7 +4,10 @@ import asyncio
 import itertools
 import logging
 import multiprocessing
+import pickle
+import threading
 from contextlib import suppress
+from queue import SimpleQueue
 from socket import socket
 
 from servers.hf.engine import Engine, State
@@ -29,6 +32,7 @@ class RemoteEngine(Engine):
         theirs.close()
         self._jobs: dict[int, Job] = {}
         self._numbers = itertools.count()
+        self._commands: SimpleQueue[bytes] = SimpleQueue()
         self._asked: list[asyncio.Future[State]] = []
         self._error: Exception | None = None
         self._gone = False
@@ -51,6 +55,8 @@ class RemoteEngine(Engine):
 
     async def start(self) -> None:
         """Take tokens; the engine is ready since it was loaded."""
+        # The pipe holds a few dozen long prompts: to wait until it takes more would hold up every stream.
+        threading.Thread(target=self._send_all, name="commands", daemon=True).start()
         asyncio.get_running_loop().add_reader(self._connection.fileno(), self._read)
 
     async def close(self) -> None:
@@ -92,8 +98,12 @@ class RemoteEngine(Engine):
             self._send("cancel", job.number)
 
     def _send(self, *command: object) -> None:
+        self._commands.put(pickle.dumps(command))
+
+    def _send_all(self) -> None:
         with suppress(OSError):  # that the process has ended is told by the end of what it sends
-            self._connection.send(command)
+            while True:
+                self._connection.send_bytes(self._commands.get())
 
     def _read(self) -> None:
         """Take one message; the event loop calls again while there are more."""
@@ -103,29 +113,30 @@ class RemoteEngine(Engine):
             self._lost()
             return
         if isinstance(message, State):
-            self._asked.pop(0).set_result(message)
+            _answer(self._asked.pop(0), message)
             return
         for number, started, output in message:
+            if isinstance(output, EngineDeadError):
+                self._error = self._error or EngineDeadError(str(output))
             if job := self._jobs.get(number):
                 job.started = started
                 job.put(output)
-                if isinstance(output, EngineDeadError):
-                    self._error = self._error or EngineDeadError(str(output))
                 if isinstance(output, Exception) or output.finish_reason:
                     del self._jobs[number]
 
     def _lost(self) -> None:
         self._gone = True
-        if not self._error:
-            logger.error("the process of the model has ended")
         asyncio.get_running_loop().remove_reader(self._connection.fileno())
+        ended = "the process of the model has ended"
+        if not self._error:
+            logger.error(ended)
         for job in self._jobs.values():
-            job.put(self._error or EngineFailedError("the process of the model has ended"))
+            job.put(self._error or (EngineFailedError if job.started else EngineDeadError)(ended))
+        self._error = self._error or EngineDeadError(ended)
         self._jobs.clear()
         for asked in self._asked:
-            asked.set_result(State())
+            _answer(asked, State())
         self._asked.clear()
-        self._error = self._error or EngineDeadError("the process of the model has ended")
 
     async def _ending(self) -> str:
         """Wait for the process to end, for a while; says how it did."""
@@ -134,3 +145,8 @@ class RemoteEngine(Engine):
             self.kill()
         code = self._process.exitcode or 0
         return f"was killed by signal {-code}" if code < 0 else f"ended with status {code}"
+
+
+def _answer(asked: asyncio.Future[State], state: State) -> None:
+    if not asked.done():  # it is when its client has gone
+        asked.set_result(state)

@@ -5,6 +5,7 @@ Each token costs Python on both sides. In one process the two would wait for eac
 
 import asyncio
 import gc
+import logging
 import os
 import signal
 import threading
@@ -26,6 +27,7 @@ from servers.settings import cpu_cores
 
 #: Tokens in a block of the paged cache, as in vLLM.
 BLOCK_SIZE = 16
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,9 @@ def work(settings: Settings, model: Model, connection: Connection, inherited: tu
     except torch.OutOfMemoryError as error:
         bounds = "--max-batch, --max-model-len and --kv-budget bound the KV cache"
         connection.send(EngineDeadError(f"the memory does not suffice: {first_sentence(error)}; {bounds}"))
+    except Exception:
+        logger.exception("the process of the model failed")
+        os._exit(1)  # whatever threads still run: the other process must see the end
 
 
 async def _work(settings: Settings, model: Model, connection: Connection) -> None:

@@ -55,6 +55,25 @@ async def rest_of_lines(stream: aiohttp.ClientResponse) -> list[str]:
     return [line.decode() async for line in stream.content if line.startswith(b"data: ")]
 
 
+async def test_a_model_that_hangs_holds_nothing_else_up_and_its_end_is_noticed(server: HfServer) -> None:
+    """More is asked for than the pipe between the processes holds, and a scrape is given up."""
+    server.wait_until_ready()
+    model = of_the_model(server)
+    model.suspend()
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+        asked = [asyncio.create_task(post(session, server.url, prompt=[300] * 1500)) for _ in range(200)]
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(2):
+                await session.get(server.url + "/metrics")
+        async with asyncio.timeout(PATIENCE_SECONDS), session.get(server.url + "/health") as healthy:
+            assert healthy.status == 200
+        model.kill()
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            assert {response.status for response in await asyncio.gather(*asked)} == {503}
+    assert get(server.url + "/health") is None
+    assert server.metrics()["hf:request_total unavailable"] == 200
+
+
 async def test_a_killed_server_leaves_no_model_behind(server: HfServer) -> None:
     server.wait_until_ready()
     model = of_the_model(server)
