@@ -49,7 +49,7 @@ def load(settings: Settings, model: Model) -> transformers.PreTrainedModel:
     dtype = {"auto": "float32" if device == "cpu" else "bfloat16"}.get(settings.dtype, settings.dtype)
     if device == "cpu":
         torch.set_num_threads(len(cpu_cores(settings.threads)))
-    # cuDNN's attention plans anew for every length, some 30 ms each: lengths change with every prompt and step here.
+    # cuDNN's attention plans anew for every length, which takes longer than a step: here lengths change all the time.
     torch.backends.cuda.enable_cudnn_sdp(False)
     if model.weights:
         weights = transformers.AutoModelForCausalLM.from_pretrained(model.source, dtype=getattr(torch, dtype))
