@@ -58,7 +58,7 @@ def test_a_killed_server_ends_the_run_with_its_name_and_a_partial_report(
     run.find(*words).kill()
     code, output = run.finish(90)
     assert code == 1, output
-    assert message in output
+    assert message in output, output
     assert "Traceback" not in output.replace("(APIServer", "").split("The end of")[0]
     assert run.left_behind() == []
     assert load(run.folder).partial
@@ -71,7 +71,7 @@ def test_a_killed_load_generator_ends_the_run(compare: Callable[..., Compare]) -
     run.find("locustfile.py").kill()
     code, output = run.finish(90)
     assert code == 1, output
-    assert "the load generator was killed by signal 9" in output
+    assert "the load generator was killed by signal 9" in output, output
     assert run.left_behind() == []
     results = load(run.folder)
     assert results.partial
