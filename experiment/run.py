@@ -36,6 +36,7 @@ def run_cells(plan: Plan, stack: Stack, folder: Path, console: Console) -> None:
         transient=True,
         disable=not console.is_terminal,
     )
+    options = workload_options(plan, stack)
     timeline = Timeline(stack.programs["monitor"].url, folder / "timeline")
     with progress, timeline:
         for cell in cells:
@@ -46,7 +47,7 @@ def run_cells(plan: Plan, stack: Stack, folder: Path, console: Console) -> None:
             if not console.is_terminal:
                 console.print(f"{label}, {total} requests; {left}", markup=False)
             started = time.monotonic()
-            _run_cell(plan, cell, stack, folder, partial(_show, progress, task))
+            _run_cell(plan, cell, stack, options, folder / "cells" / cell.name, partial(_show, progress, task))
             timeline.keep()
             took.setdefault((cell.target, cell.concurrency), []).append(time.monotonic() - started)
             progress.remove_task(task)
@@ -111,13 +112,19 @@ def _show(progress: Progress, task: TaskID, done: int) -> None:
     progress.update(task, completed=done)
 
 
-def _run_cell(plan: Plan, cell: Cell, stack: Stack, folder: Path, report: Callable[[int], None]) -> None:
-    cell_folder = folder / "cells" / cell.name
+def _run_cell(
+    plan: Plan,
+    cell: Cell,
+    stack: Stack,
+    options: dict[str, object],
+    cell_folder: Path,
+    report: Callable[[int], None],
+) -> None:
     cell_folder.mkdir(parents=True)
     planned = {"planned_requests": cell_requests(plan, cell)}
     state = asdict(cell) | planned | {"start_ns": time.monotonic_ns(), "end_ns": None, "complete": False}
     write_json(cell_folder / "cell.json", state)
-    loadtest = spawn(_command(plan, cell, stack, cell_folder), cell_folder / "locust.log", {})
+    loadtest = spawn(_command(plan, cell, options, cell_folder), cell_folder / "locust.log", {})
     program = Program("the load generator", loadtest, cell_folder / "locust.log", "")
     try:
         _watch(plan, cell, stack, program, cell_folder / "records.jsonl", report)
@@ -148,8 +155,8 @@ def flags(options: dict[str, object]) -> list[str]:
     return [f"--{name}={value}" for name, value in options.items()]
 
 
-def _command(plan: Plan, cell: Cell, stack: Stack, cell_folder: Path) -> list[str]:
-    options = workload_options(plan, stack) | {
+def _command(plan: Plan, cell: Cell, options: dict[str, object], cell_folder: Path) -> list[str]:
+    options = options | {
         "users": cell.concurrency,
         "spawn-rate": cell.concurrency,
         "requests": plan.requests(cell.concurrency),

@@ -113,6 +113,7 @@ class Stack:
                     int(json.loads(get(self.programs[name].url + "/v1/models") or b"")["data"][0]["max_model_len"])
                 )
             except (ValueError, KeyError, IndexError, TypeError) as error:
+                self.require_healthy(name)
                 raise RunError(f"{name} does not say in /v1/models how long its context is: {error}") from None
         return min(limits)
 

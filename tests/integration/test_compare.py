@@ -53,7 +53,7 @@ def test_a_run_leaves_a_report_that_agrees_with_its_records(compare: Callable[..
 def test_a_killed_server_ends_the_run_with_its_name_and_a_partial_report(
     compare: Callable[..., Compare], victim: str, words: tuple[str, ...], message: str
 ) -> None:
-    run = compare(output_mean=150)
+    run = compare(output_mean=150, min_requests=60)
     run.wait_for_records(victim)
     run.find(*words).kill()
     code, output = run.finish(90)

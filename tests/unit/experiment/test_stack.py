@@ -97,10 +97,10 @@ def unused_url() -> str:
         return f"http://127.0.0.1:{probe.getsockname()[1]}"
 
 
-def ended(tmp_path: Path, script: str) -> Program:
-    process = stack.spawn(["sh", "-c", script], tmp_path / "hf.log", {})
+def ended(tmp_path: Path, script: str, name: str = "hf") -> Program:
+    process = stack.spawn(["sh", "-c", script], tmp_path / f"{name}.log", {})
     process.wait()
-    return Program("hf", process, tmp_path / "hf.log", "")
+    return Program(name, process, tmp_path / f"{name}.log", "")
 
 
 def make_stack(tmp_path: Path, **programs: Program) -> Stack:
@@ -269,6 +269,14 @@ def test_a_server_that_does_not_say_its_context_is_named(
     }
     with pytest.raises(RunError, match=r"^vllm "):
         make_stack(tmp_path, **programs).max_model_len()
+
+
+def test_a_server_that_ended_is_named_with_its_end_when_its_context_is_asked_for(
+    tmp_path: Path, sleeper: Program, serve: Serve
+) -> None:
+    hf = Program("hf", sleeper.process, sleeper.log, serve(context(2048)))
+    with pytest.raises(RunError, match="vllm ended with code 5"):
+        make_stack(tmp_path, hf=hf, vllm=ended(tmp_path, "exit 5", "vllm")).max_model_len()
 
 
 def test_the_end_of_a_stack_ends_its_programs(tmp_path: Path, sleeper: Program) -> None:
