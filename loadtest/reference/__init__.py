@@ -1,0 +1,1 @@
+"""A streaming server that keeps an exact schedule and stamps its own sends."""
