@@ -27,7 +27,7 @@ from benchmarks import serving
 from benchmarks.serving import JSON, RUNGS, Result, Servers, closed_loop, read
 from experiment.stack import Program, RunError
 from loadtest.options import Options as Load
-from loadtest.workloads import paper
+from loadtest.work.workloads import paper
 from servers.hf.kv import bytes_per_token
 from servers.models import ModelError, resolve
 

@@ -25,7 +25,7 @@ import transformers
 
 from experiment.environment import describe, installed
 from experiment.stack import Program, RunError, end, get, spawn
-from loadtest.sse import Decoder
+from loadtest.client.sse import read_pieces
 
 JSON = dict[str, Any]
 
@@ -96,11 +96,7 @@ def read(exchange: Exchange) -> Result:
 
 
 def _events(exchange: Exchange) -> Iterator[tuple[int, bytes]]:
-    decoder = Decoder()
-    for stamp, piece in exchange.pieces:
-        for data in decoder.feed(piece):
-            if data != b"[DONE]":
-                yield stamp, data
+    return ((stamp, data) for stamp, data in read_pieces(exchange.pieces) if data != b"[DONE]")
 
 
 async def closed_loop(

@@ -24,16 +24,8 @@ MAX_CLIENT_CPU_SHARE = 0.8
 MAX_CLIENT_LAG_P99_SECONDS = 0.010
 
 
-# Stated, so that a column in which a run has only nulls keeps its type.
-RECORDS_SCHEMA = pa.schema(
-    [(name, pa.int64()) for name in ("cell", "concurrency", "repeat", "index")]
-    + [(name, pa.string()) for name in ("target", "phase")]
-    + [(name, pa.int64()) for name in ("max_tokens", "scheduled_ns", "sent_ns", "end_ns", "status")]
-    + [(name, pa.int64()) for name in ("prompt_tokens", "output_tokens")]
-    + [(name, pa.string()) for name in ("token_source", "finish_reason")]
-    + [(name, pa.list_(pa.int64())) for name in ("chunk_ns", "chunk_tokens")]
-    + [(name, pa.string()) for name in ("error", "error_detail")]
-)
+# The columns of a record, and before them the cell that it belongs to.
+RECORDS_SCHEMA = pa.schema([(name, pa.int64()) for name in ("cell", "concurrency", "repeat")] + list(records.SCHEMA))
 
 
 class ResultError(Exception):
@@ -104,7 +96,7 @@ def _read_json(path: Path) -> JSON:
 
 def _load_cell(folder: Path) -> CellResult:
     cell = _read_json(folder / "cell.json")
-    path, client = folder / "records.jsonl", folder / "client.json"
+    path, client = folder / "records.arrow", folder / "client.json"
     with damage_named(path):
         kept = list(records.read(path)) if path.exists() else []
         last_ns = max((record.end_ns for record in kept), default=0)

@@ -127,7 +127,7 @@ def _run_cell(
     loadtest = spawn(_command(plan, cell, options, cell_folder), cell_folder / "locust.log", {})
     program = Program("the load generator", loadtest, cell_folder / "locust.log", "")
     try:
-        _watch(plan, cell, stack, program, cell_folder / "records.jsonl", report)
+        _watch(plan, cell, stack, program, cell_folder / "records.arrow", report)
         state["complete"] = True
     finally:
         if loadtest.poll() is None:
@@ -163,7 +163,7 @@ def _command(plan: Plan, cell: Cell, options: dict[str, object], cell_folder: Pa
         "warmup": warmup(cell),
         "drain": drain(cell),
         "seed": cell.seed,
-        "records": cell_folder / "records.jsonl",
+        "records": cell_folder / "records.arrow",
         # Failed requests are records; the exit code is for failures of the load generator itself.
         "exit-code-on-error": 0,
     }
@@ -181,7 +181,7 @@ def _watch(
             code = loadtest.process.wait(0.2)
         except subprocess.TimeoutExpired:
             code = None
-        report(_lines(written))
+        report(_written(written))
         if code is not None:
             break
         stack.check()
@@ -192,12 +192,12 @@ def _watch(
     if any(record.error for record in records.read(written)):
         # Requests fail before a server's end is seen: give it the time to show.
         stack.require_healthy(cell.target)
-    if _lines(written) != cell_requests(plan, cell):
+    if _written(written) != cell_requests(plan, cell):
         raise RunError(f"the load generator ended early. The end of {loadtest.log}:\n{loadtest.tail()}")
 
 
-def _lines(path: Path) -> int:
-    return path.read_bytes().count(b"\n") if path.exists() else 0
+def _written(path: Path) -> int:
+    return records.count(path) if path.exists() else 0
 
 
 def write_json(path: Path, value: object) -> None:

@@ -5,17 +5,16 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import flask
-import gevent
 from locust import events
 from locust.env import Environment
-from locust.runners import MasterRunner, WorkerRunner
 
+from loadtest import workers
+from loadtest.live import page
 from loadtest.options import Options, add_arguments, check
-from loadtest.run import Run
-from loadtest.users import HF, VLLM, TargetUser
-from loadtest.workloads import WORKLOADS
+from loadtest.users import HF, VLLM, Table
+from loadtest.work.workloads import WORKLOADS
 
-BAD_OPTIONS, RECORDS_LOST = 2, 3
+BAD_OPTIONS = 2
 
 
 @events.init_command_line_parser.add_listener
@@ -27,14 +26,15 @@ def _arguments(parser: Any) -> None:
 
 @events.init.add_listener
 def _init(environment: Environment, **_: Any) -> None:
-    if isinstance(environment.runner, MasterRunner | WorkerRunner):
-        _leave("runs on one process for now: leave out --master, --worker and --processes")
     try:
         options = check(vars(environment.parsed_options))
         WORKLOADS[options.workload](options)
     except ValueError as error:
         _leave(str(error))
     _show_hosts(options)
+    live = page.install(environment, lambda: coordinator.path)
+    environment.events.test_start.add_listener(lambda **_: live.reset())
+    coordinator = workers.install(environment, Table(environment, live))
     if environment.web_ui and environment.web_ui.app:
         environment.web_ui.app.before_request(_check_form)
 
@@ -65,37 +65,3 @@ def _check_form() -> flask.Response | None:
     except ValueError as error:
         return flask.jsonify({"success": False, "message": str(error), "host": None})
     return None
-
-
-@events.test_start.add_listener
-def _start(environment: Environment, **_: Any) -> None:
-    options = check(vars(environment.parsed_options))
-    environment.host = None  # the form's field, which would stand for both servers from now on
-    targets = [kind.target for kind in environment.user_classes if issubclass(kind, TargetUser)]
-    try:
-        TargetUser.current = Run(options, targets, on_end=lambda failure: _end(environment, failure))
-    except (OSError, ValueError) as error:
-        TargetUser.current = None
-        _end(environment, error)
-    else:
-        print(f"loadtest: records go to {TargetUser.current.path}", flush=True)
-
-
-@events.test_stop.add_listener
-def _stop(environment: Environment, **_: Any) -> None:
-    if TargetUser.current:
-        try:
-            TargetUser.current.close()
-        except OSError as error:
-            print(f"loadtest: the records are not whole: {error}", file=sys.stderr, flush=True)
-            environment.process_exit_code = RECORDS_LOST
-
-
-def _end(environment: Environment, failure: Exception | None) -> None:
-    if failure:
-        print(f"loadtest: the run ends, its records cannot be kept: {failure}", file=sys.stderr, flush=True)
-        environment.process_exit_code = RECORDS_LOST
-    # Not in the greenlet of a user, which this ends too.
-    runner = environment.runner
-    if runner:
-        gevent.spawn(runner.stop if environment.web_ui else runner.quit)

@@ -1,13 +1,15 @@
 """The record of one request: what every table, chart and verdict is computed from.
 
 Times are CLOCK_MONOTONIC in nanoseconds. A failed request is a record with an `error`, never a zero, never a lost row.
+A file of records is an Arrow IPC stream, which grows batch by batch and reads back when it was cut off.
 """
 
-import json
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Literal, TextIO
+from typing import Literal
+
+import pyarrow as pa
 
 ErrorKind = Literal[
     "connect", "timeout", "http_4xx", "http_5xx", "reset", "truncated", "sse_error", "malformed", "cancelled"
@@ -15,10 +17,23 @@ ErrorKind = Literal[
 # Where the number of output tokens comes from: the server's usage, the token ids in the chunks, or, as a fallback,
 # max_tokens when the server says that the output ended there.
 TokenSource = Literal["usage", "token_ids", "max_tokens", "unknown"]
+# What stamped the chunks: the kernel when they arrived, or this process when it read them.
+StampSource = Literal["kernel", "user"]
 
 
 # Only `measured` requests enter statistics; the others bring the load up and keep it up until the measured have ended.
 Phase = Literal["warmup", "measured", "drain"]
+
+SCHEMA = pa.schema(
+    [("index", pa.int64()), ("target", pa.string()), ("phase", pa.string()), ("worker", pa.int64())]
+    + [(name, pa.int64()) for name in ("max_tokens", "scheduled_ns", "sent_ns", "end_ns", "status", "retries")]
+    + [(name, pa.int64()) for name in ("prompt_tokens", "output_tokens")]
+    + [(name, pa.string()) for name in ("token_source", "finish_reason", "stamp_source")]
+    + [(name, pa.list_(pa.int64())) for name in ("chunk_ns", "chunk_tokens")]
+    + [(name, pa.string()) for name in ("error", "error_detail")]
+)
+# What a stream of Arrow's begins with; after it a file that ends too soon was cut off, and is not damaged.
+STREAM_BEGINS = b"\xff\xff\xff\xff"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,8 +41,8 @@ class Record:
     """One request as the client saw it.
 
     `index` is its place in the request list, so that records of two servers pair up. `scheduled_ns` is None in a
-    closed loop. `chunk_ns` holds a stamp per output chunk, `chunk_tokens` the tokens in each (empty when the server
-    does not say).
+    closed loop. `sent_ns` is that of the first try when there were `retries`. `chunk_ns` holds a stamp per output
+    chunk, `chunk_tokens` the tokens in each (empty when the server does not say).
     """
 
     index: int
@@ -36,11 +51,14 @@ class Record:
     max_tokens: int
     sent_ns: int
     end_ns: int
+    worker: int = 0
+    retries: int = 0
     scheduled_ns: int | None = None
     status: int | None = None
     prompt_tokens: int | None = None
     output_tokens: int | None = None
     token_source: TokenSource = "unknown"
+    stamp_source: StampSource = "user"
     finish_reason: str | None = None
     chunk_ns: list[int] = field(default_factory=list)
     chunk_tokens: list[int] = field(default_factory=list)
@@ -64,28 +82,69 @@ class Record:
             return None
         return (self.chunk_ns[-1] - self.chunk_ns[0]) / 1e9 / (self.output_tokens - 1)
 
+    @property
+    def late_seconds(self) -> float | None:
+        """Send lateness: sent minus scheduled time; None in a closed loop."""
+        return None if self.scheduled_ns is None else (self.sent_ns - self.scheduled_ns) / 1e9
 
-class RecordWriter:
-    """Appends records to a file as lines of JSON, each on disk before the next request of the same user starts."""
+
+FIELDS = [one.name for one in fields(Record)]
+
+
+def to_bytes(records: Iterable[Record]) -> bytes:
+    """One batch of a stream."""
+    rows = list(records)
+    columns = [pa.array([getattr(row, name) for row in rows], SCHEMA.field(name).type) for name in SCHEMA.names]
+    return bytes(pa.record_batch(columns, SCHEMA).serialize())
+
+
+class RecordFile:
+    """A new file of records that grows batch by batch; raises FileExistsError, and OSError when the disk is full."""
 
     def __init__(self, path: Path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file: TextIO = path.open("x", encoding="utf-8")
+        self._file = path.open("xb", buffering=0)
+        self.write(bytes(SCHEMA.serialize()))
 
-    def append(self, record: Record) -> None:
-        """Write one record; raises OSError when the disk is full."""
-        self._file.write(json.dumps(asdict(record), separators=(",", ":")) + "\n")
-        self._file.flush()
+    def write(self, batch: bytes) -> None:
+        """Append a batch."""
+        left = memoryview(batch)
+        while left:  # a write may take a part only
+            left = left[self._file.write(left) :]
 
     def close(self) -> None:
         """Close the file."""
         self._file.close()
 
 
-def read(path: Path) -> Iterator[Record]:
-    """Yield the records of a file; a last line that was cut short by a kill is left out."""
-    with path.open(encoding="utf-8") as file:
-        for line in file:
-            if not line.endswith("\n"):
+def batches(path: Path) -> Iterator[pa.RecordBatch]:
+    """Yield the batches of a file; one that was cut short by a kill is left out. Raises ValueError for another file."""
+    with pa.memory_map(str(path)) as file:
+        if not file.size():
+            return
+        if file.read_buffer(len(STREAM_BEGINS)).to_pybytes() != STREAM_BEGINS[: file.size()]:
+            raise ValueError("not a file of records")
+        file.seek(0)
+        try:
+            reader = pa.ipc.open_stream(file)
+        except pa.ArrowInvalid:  # killed inside the schema
+            return
+        if reader.schema != SCHEMA:
+            raise ValueError(f"other columns than a record has: {', '.join(reader.schema.names)}")
+        while True:
+            try:
+                yield reader.read_next_batch()
+            except (StopIteration, pa.ArrowInvalid, OSError):
                 return
-            yield Record(**json.loads(line))
+
+
+def count(path: Path) -> int:
+    """Number of records in a file."""
+    return sum(batch.num_rows for batch in batches(path))
+
+
+def read(path: Path) -> Iterator[Record]:
+    """Yield the records of a file."""
+    for batch in batches(path):
+        for row in zip(*(batch.column(name).to_pylist() for name in FIELDS), strict=True):
+            yield Record(**dict(zip(FIELDS, row, strict=True)))

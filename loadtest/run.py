@@ -1,71 +1,214 @@
-"""One run: hands out requests in order, sends them, keeps the records and watches the client itself."""
+"""One process's part of a run: hands out requests in order, sends them on time and passes the records on."""
 
 import gc
 import json
 import os
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, Protocol, TypeVar
 
 import gevent
+from gevent.pool import Group
 
-from loadtest.client import Connection, Exchange
+from loadtest.client.connection import Connection, Exchange
+from loadtest.client.receiver import Receiver
+from loadtest.client.tokens import read_answer, read_stream
 from loadtest.options import Options
-from loadtest.records import Phase, Record, RecordWriter
-from loadtest.tokens import read_stream
-from loadtest.workloads import WORKLOADS, Request
+from loadtest.records import ErrorKind, Phase, Record, to_bytes
+from loadtest.selfcheck import SelfCheck
+from loadtest.work.schedule import schedule
+from loadtest.work.workloads import WORKLOADS, Request, next_turn, skipped
 
-LAG_PROBE_SECONDS = 0.005
+FLUSH_SECONDS, FLUSH_RECORDS = 0.5, 64
+# From the start of a run to its first arrival, so that every process has begun by then.
+START_SECONDS = 1.0
+PATHS = {"completions": "/v1/completions", "chat": "/v1/chat/completions"}
+RETRIED: tuple[ErrorKind, ...] = ("connect", "reset", "http_5xx")
+
+Item = TypeVar("Item")
+
+
+class Watcher(Protocol):
+    """Sees a run while it goes on."""
+
+    def begin(self, target: str) -> None:
+        """A request is sent to the target."""
+
+    def add(self, record: Record) -> None:
+        """A request that was begun has ended."""
+
+    def client(self, cpu_share: float, lag_p99: float) -> None:
+        """What this process measured of itself since the last time."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """The part of a run that is this process's: every `of`-th request, from the `rank`-th on.
+
+    All processes of a run have the same `start_ns` (CLOCK_MONOTONIC), from which arrivals are counted, and `run_id`.
+    """
+
+    start_ns: int
+    run_id: str
+    rank: int = 0
+    of: int = 1
+
+    def pick(self, items: Iterator[Item]) -> Iterator[Item]:
+        """The items of this share."""
+        return islice(items, self.rank, None, self.of)
+
+    def size(self, total: int, turns: int) -> int:
+        """The number of `total` requests that are in this share; the turns of a conversation stay together."""
+        return sum(min(turns, total - first) for first in range(self.rank * turns, total, self.of * turns))
+
+
+def whole() -> Share:
+    """All of a run that starts now."""
+    return Share(time.monotonic_ns() + int(START_SECONDS * 1e9), os.urandom(4).hex())
 
 
 class Run:
-    """The state that all users of one run share.
+    """What this process sends to each target, and what came back.
 
-    Each target gets the same requests in the same order. `on_end` is called when the last one has ended, or with the
-    failure when records cannot be kept. Raises OSError when the records' file cannot be made.
+    Each target gets the same requests in the same order. `keep` takes batches of records, `on_end` is called when the
+    last one was kept, or with the failure when records cannot be kept. Raises ValueError for options that do not work
+    here.
     """
 
-    def __init__(self, options: Options, targets: list[str], on_end: Callable[[Exception | None], None]):
-        self.options = options
-        self.path = Path(options.records) if options.records else _default_path()
-        self._requests: dict[str, Iterator[Request]] = {t: WORKLOADS[options.workload](options) for t in targets}
-        self._total = options.warmup + options.requests + options.drain if options.requests else None
+    def __init__(
+        self,
+        options: Options,
+        targets: list[str],
+        share: Share,
+        keep: Callable[[bytes], None],
+        on_end: Callable[[Exception | None], None],
+        watcher: Watcher | None = None,
+    ):
+        self.options, self._share = options, share
+        self._keep, self._on_end, self._watcher = keep, on_end, watcher
+        self._total = options.total
+        schedules = {target: schedule(options) for target in targets}
+        self._requests = {t: WORKLOADS[options.workload](options, share.rank, share.of) for t in targets}
+        self._receiver = Receiver(options.stamps)
+        self._idle: defaultdict[str, list[Connection]] = defaultdict(list)
+        self._models: dict[str, str] = {}
+        self._in_flight = Group()
         self._ended: Counter[str] = Counter()
-        self._on_end = on_end
-        self._writer = RecordWriter(self.path)
+        self._measuring = False
+        planned = None if self._total is None else share.size(self._total, options.turns)
+        self._planned = dict.fromkeys(targets, planned)
+        self._pending: list[Record] = []
         # A full collection walks all that Locust has loaded: the loop would stand still for 20 to 30 ms each time.
         gc.collect()
         gc.freeze()
         self._self_check = SelfCheck()
+        self._greenlets: list[gevent.Greenlet[..., None]] = [gevent.spawn(self._flush_regularly)]
+        if planned == 0:
+            self._greenlets.append(gevent.spawn(self._end_if_done))
+        self._greenlets += [
+            gevent.spawn(self._dispatch, target, offsets) for target, offsets in schedules.items() if offsets
+        ]
 
     def next_request(self, target: str) -> Request | None:
         """The next request for a target, or None when all were handed out."""
-        request = next(self._requests[target])
-        if request.index == self.options.warmup:
+        request = next(self._requests[target], None)
+        return None if request is None or self._is_past_end(request) else request
+
+    def perform(self, target: str, request: Request, scheduled_ns: int | None = None) -> None:
+        """Send one request, and those that follow it in its conversation; their records are kept.
+
+        Also when the greenlet is killed while it waits.
+        """
+        turn: Request | None = request
+        while turn and not self._is_past_end(turn):
+            exchange = self._send(target, turn, scheduled_ns)
+            turn = next_turn(self.options, turn, read_answer(exchange.events())) if turn.turns > 1 else None
+            scheduled_ns = None  # the next turn waits for the answer and for nothing else
+
+    def _send(self, target: str, request: Request, scheduled_ns: int | None) -> Exchange:
+        if not self._measuring and self._phase(request) == "measured":
+            self._measuring = True
             self._self_check.begin()
-        return request if self._total is None or request.index < self._total else None
+        connection = self._idle[target].pop() if self._idle[target] else self._connect(target)
+        model = self._model(target, connection)
+        body = request.chat_body(model) if self.options.endpoint == "chat" else request.body(model)
+        path = PATHS[self.options.endpoint]
+        if self._watcher:
+            self._watcher.begin(target)
+        exchange = connection.post(path, body, f"{self._share.run_id}-{request.index}")
+        retries, first_ns = 0, exchange.sent_ns
+        while retries < self.options.retries and _error_of(exchange) in RETRIED:
+            retries += 1
+            exchange = connection.post(path, body, f"{self._share.run_id}-{request.index}-{retries}")
+        exchange.sent_ns = first_ns
+        self._idle[target].append(connection)
+        record = make_record(
+            request,
+            exchange,
+            target=target,
+            phase=self._phase(request),
+            worker=self._share.rank,
+            retries=retries,
+            scheduled_ns=scheduled_ns,
+        )
+        self._self_check.sent(record.late_seconds)
+        self._append(record)
+        if record.error == "cancelled":
+            raise gevent.GreenletExit
+        return exchange
 
-    def perform(self, target: str, request: Request, connection: Connection, model: str) -> Record:
-        """Send one request and keep its record, also when the user is killed while it waits."""
-        exchange = Exchange(sent_ns=time.monotonic_ns())
-        try:
-            exchange = connection.post("/v1/completions", request.body(model))
-        except gevent.GreenletExit:
-            exchange.error, exchange.error_detail, exchange.end_ns = "cancelled", "the run ended", time.monotonic_ns()
-            self._keep(make_record(target, request, exchange, self._phase(request)))
-            raise
-        record = make_record(target, request, exchange, self._phase(request))
-        self._keep(record)
-        return record
+    def close(self) -> dict[str, object]:
+        """End what is under way, pass on the last records; returns what this process measured of itself."""
+        for greenlet in self._greenlets:
+            greenlet.kill()
+        self._in_flight.kill()
+        self._flush()
+        for connections in self._idle.values():
+            for connection in connections:
+                connection.close()
+        self._receiver.close()
+        return {
+            "worker": self._share.rank,
+            **self._self_check.finish(),
+            "requests_ended": dict(self._ended),
+            "skipped_lines": dict(skipped(self.options)),
+        }
 
-    def close(self) -> None:
-        """Close the records and write what the client measured of itself next to them."""
-        self._writer.close()
-        summary = self._self_check.finish() | {"requests_ended": dict(self._ended)}
-        self.path.with_name("client.json").write_text(json.dumps(summary, indent=2) + "\n")
+    def _connect(self, target: str) -> Connection:
+        options = self.options
+        key = os.environ.get(f"HEADROOM_{target.upper()}_API_KEY")
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        url = getattr(options, f"{target}_url")
+        return Connection(url, self._receiver, options.timeout, options.token_timeout, headers)
+
+    def _model(self, target: str, connection: Connection) -> str:
+        if target not in self._models:
+            self._models[target] = self.options.model or first_model(connection, target)
+        return self._models[target]
+
+    def _dispatch(self, target: str, offsets: Iterator[float]) -> None:
+        """Start each request at its time, whatever has or has not come back."""
+        # Before the first arrival, which it would delay.
+        connection = self._connect(target)
+        self._model(target, connection)
+        self._idle[target].append(connection)
+        sent = 0
+        for offset in self._share.pick(offsets):
+            request = self.next_request(target)
+            if request is None:
+                break
+            due_ns = self._share.start_ns + round(offset * 1e9)
+            gevent.sleep(max(0.0, (due_ns - time.monotonic_ns()) / 1e9))
+            self._in_flight.start(gevent.Greenlet(self.perform, target, request, due_ns))
+            sent += 1
+        self._planned[target] = sent
+        self._end_if_done()
+
+    def _is_past_end(self, request: Request) -> bool:
+        return self._total is not None and request.index >= self._total
 
     def _phase(self, request: Request) -> Phase:
         if request.index < self.options.warmup:
@@ -73,36 +216,57 @@ class Run:
         measured_end = self.options.warmup + self.options.requests
         return "drain" if self.options.requests and request.index >= measured_end else "measured"
 
-    def _keep(self, record: Record) -> None:
-        try:
-            self._writer.append(record)
-        except OSError as error:
-            self._on_end(error)
-            return
+    def _append(self, record: Record) -> None:
+        self._pending.append(record)
         self._ended[record.target] += 1
-        if self._total is not None and all(self._ended[target] == self._total for target in self._requests):
+        if self._watcher:
+            self._watcher.add(record)
+        if len(self._pending) >= FLUSH_RECORDS:
+            self._flush()
+        self._end_if_done()
+
+    def _end_if_done(self) -> None:
+        if all(self._ended[target] == planned for target, planned in self._planned.items()) and self._flush():
+            # Here and not in `close`: Locust stands still for some 40 ms when a test is stopped.
+            self._self_check.finish()
             self._on_end(None)
 
+    def _flush(self) -> bool:
+        """Pass on the records that wait; False when they cannot be kept."""
+        if self._pending:
+            batch, self._pending = to_bytes(self._pending), []
+            try:
+                self._keep(batch)
+            except OSError as error:
+                self._on_end(error)
+                return False
+        return True
 
-def make_record(target: str, request: Request, exchange: Exchange, phase: Phase) -> Record:
-    """Turn what came back into a record."""
-    fields: dict[str, Any] = {
+    def _flush_regularly(self) -> None:
+        while True:
+            gevent.sleep(FLUSH_SECONDS)
+            self._flush()
+            if self._watcher:
+                self._watcher.client(*self._self_check.recent())
+
+
+def make_record(request: Request, exchange: Exchange, **fields: Any) -> Record:
+    """Turn what came back into a record; `fields` are those that neither request nor answer know."""
+    fields |= {
         "index": request.index,
-        "target": target,
-        "phase": phase,
         "max_tokens": request.max_tokens,
         "sent_ns": exchange.sent_ns,
         "end_ns": exchange.end_ns,
         "status": exchange.status,
+        "stamp_source": exchange.clock,
     }
-    error, detail = exchange.error, exchange.error_detail
-    if exchange.status and exchange.status >= 400:
-        error = "http_4xx" if exchange.status < 500 else "http_5xx"
-        detail = exchange.body[:500].decode(errors="replace")
-    elif not error and not exchange.content_type.startswith("text/event-stream"):
-        error = "malformed"
-        detail = f"expected an event stream, got {exchange.content_type!r}: {exchange.body[:200]!r}"
-    if error and not exchange.pieces:
+    error, detail = _error_of(exchange), exchange.error_detail
+    if error in ("http_4xx", "http_5xx"):
+        detail = exchange.answer.body[:500].decode(errors="replace")
+    elif error == "malformed" and not exchange.error:
+        kind, body = exchange.answer.content_type, exchange.answer.body[:200]
+        detail = f"expected an event stream, got {kind!r}: {body!r}"
+    if error and not exchange.answer.pieces:
         return Record(**fields, error=error, error_detail=detail)
     try:
         output = read_stream(exchange.events(), request.max_tokens)
@@ -113,61 +277,19 @@ def make_record(target: str, request: Request, exchange: Exchange, phase: Phase)
     return Record(**fields, **vars(output))
 
 
-def go_first() -> bool:
-    """Ask Linux to run this thread before others; False where it may not (root or CAP_SYS_NICE may).
+def _error_of(exchange: Exchange) -> ErrorKind | None:
+    """What failed as far as the status and the kind of answer tell; what it holds is read later."""
+    if exchange.status and exchange.status >= 400:
+        return "http_4xx" if exchange.status < 500 else "http_5xx"
+    if not exchange.error and not exchange.answer.content_type.startswith("text/event-stream"):
+        return "malformed"
+    return exchange.error
 
-    vLLM's processes spin with sched_yield while they wait for each other. With few cores that delays a normal client by
-    hundreds of milliseconds, which would be reported as the server's latency.
-    """
-    if not hasattr(os, "sched_setscheduler"):
-        return False
+
+def first_model(connection: Connection, target: str) -> str:
+    """Name of the first model that the server offers; when it does not say, requests will fail and show why."""
+    answer = connection.get("/v1/models").answer
     try:
-        os.sched_setscheduler(0, os.SCHED_RR | os.SCHED_RESET_ON_FORK, os.sched_param(1))
-    except PermissionError:
-        return False
-    return True
-
-
-class SelfCheck:
-    """Measures the client's own CPU share and the lag of its event loop, from the first measured request on."""
-
-    def __init__(self) -> None:
-        self._goes_first = go_first()
-        self._probe = gevent.spawn(self._watch)
-        self.begin()
-
-    def begin(self) -> None:
-        """Forget what was measured so far: the warm-up."""
-        self._lags: list[float] = []
-        self._started = time.monotonic()
-        self._cpu = time.process_time()
-
-    def _watch(self) -> None:
-        due = time.monotonic()
-        while True:
-            due += LAG_PROBE_SECONDS
-            gevent.sleep(max(0.0, due - time.monotonic()))
-            # One lag for each time that a stall has missed, so that a long one counts for as long as it was.
-            while (now := time.monotonic()) >= due:
-                self._lags.append(now - due)
-                due += LAG_PROBE_SECONDS
-            due -= LAG_PROBE_SECONDS
-
-    def finish(self) -> dict[str, object]:
-        """CPU share of this process (0..1 of a core) and the loop's lag in seconds, at p50, p99 and most."""
-        self._probe.kill()
-        wall = time.monotonic() - self._started
-        lags = sorted(self._lags) or [0.0]
-        return {
-            "pid": os.getpid(),
-            "wall_seconds": wall,
-            "goes_first": self._goes_first,
-            "cpu_share": (time.process_time() - self._cpu) / wall,
-            "loop_lag_p50_seconds": lags[len(lags) // 2],
-            "loop_lag_p99_seconds": lags[int(len(lags) * 0.99)],
-            "loop_lag_max_seconds": lags[-1],
-        }
-
-
-def _default_path() -> Path:
-    return Path("results") / f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-locust" / "records.jsonl"
+        return str(json.loads(answer.body)["data"][0]["id"])
+    except (ValueError, KeyError, IndexError, TypeError):
+        return target

@@ -21,7 +21,7 @@ def locust(stack: Stack, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize("workload", ["classic", "lognormal", "alpaca"])
 def test_both_servers_get_the_same_requests_and_do_the_same_work(stack: Stack, tmp_path: Path, workload: str) -> None:
-    kept = tmp_path / "records.jsonl"
+    kept = tmp_path / "records.arrow"
     done = locust(
         stack, *("HF", "VLLM", "-u", "4", "-r", "4", "--requests", "8", "--warmup", "2", "--drain", "1"),
         *("--workload", workload, "--output-mean", "12", "--records", str(kept)),
@@ -47,7 +47,7 @@ def test_both_servers_get_the_same_requests_and_do_the_same_work(stack: Stack, t
 
 
 def test_a_stopped_run_keeps_a_record_of_each_request_in_flight(stack: Stack, tmp_path: Path) -> None:
-    kept = tmp_path / "records.jsonl"
+    kept = tmp_path / "records.arrow"
     done = locust(
         stack, *("HF", "-u", "6", "-r", "6", "--run-time", "3s", "--output-mean", "400", "--sigma", "0"),
         *("--records", str(kept)),
@@ -59,7 +59,7 @@ def test_a_stopped_run_keeps_a_record_of_each_request_in_flight(stack: Stack, tm
 
 
 def test_requests_past_the_context_are_records_of_kind_http_4xx(stack: Stack, tmp_path: Path) -> None:
-    kept = tmp_path / "records.jsonl"
+    kept = tmp_path / "records.arrow"
     locust(
         stack, *("HF", "VLLM", "-u", "2", "-r", "2", "--requests", "2", "--max-context", "20000", "--sigma", "0"),
         *("--input-mean", "3000", "--records", str(kept)),

@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from experiment.plan import Cell, Plan
 from experiment.run import cell_requests, warmup
-from loadtest.records import Phase, Record, RecordWriter, read
+from loadtest.records import Phase, Record, RecordFile, read, to_bytes
 from monitor.timeline import Instant, Series, Timeline
 
 SECOND = 10**9
@@ -65,14 +65,13 @@ def cell_records(plan: Plan, cell: Cell, speed: float = 1.0) -> list[Record]:
 
 def write_records(path: Path, records: Sequence[Record]) -> None:
     path.unlink(missing_ok=True)
-    writer = RecordWriter(path)
-    for record in records:
-        writer.append(record)
-    writer.close()
+    file = RecordFile(path)
+    file.write(to_bytes(records))
+    file.close()
 
 
 def change_records(folder: Path, cell: str, change: Callable[[list[Record]], list[Record]]) -> None:
-    path = folder / "cells" / cell / "records.jsonl"
+    path = folder / "cells" / cell / "records.arrow"
     write_records(path, change(list(read(path))))
 
 
@@ -104,7 +103,7 @@ def make_folder(
     for cell in plan.cells():
         own = folder / "cells" / cell.name
         records = cell_records(plan, cell, speed(cell))
-        write_records(own / "records.jsonl", records)
+        write_records(own / "records.arrow", records)
         times = {"start_ns": records[0].sent_ns, "end_ns": records[-1].end_ns, "complete": True}
         planned = {"planned_requests": cell_requests(plan, cell)}
         (own / "cell.json").write_text(json.dumps(asdict(cell) | planned | times))

@@ -3,12 +3,16 @@
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import pyarrow as pa
 import pytest
 
 from experiment import cli
 from experiment.plan import Plan
+from loadtest.records import read, to_bytes
 from tests.unit.experiment.folders import change_records, make_folder, make_plan
 
 Headroom = Callable[..., tuple[int, str, str]]
@@ -158,15 +162,8 @@ def damage(name: str, content: bytes | None) -> Callable[[Path], None]:
 
 
 def null_sent_ns(folder: Path) -> None:
-    path = folder / CELL / "records.jsonl"
-    text = path.read_text()
-    stamp = text.split('"sent_ns":')[1].split(",")[0]
-    path.write_text(text.replace(f'"sent_ns":{stamp}', '"sent_ns":null', 1))
-
-
-def bad_line(folder: Path) -> None:
-    path = folder / CELL / "records.jsonl"
-    path.write_text("{not json\n" + path.read_text())
+    nothing: Any = None
+    change_records(folder, CELL.split("/")[1], lambda records: [replace(records[0], sent_ns=nothing), *records[1:]])
 
 
 DAMAGE = {
@@ -188,10 +185,8 @@ DAMAGE = {
     "cell is a list": damage(f"{CELL}/cell.json", b"[]"),
     "client says nothing": damage(f"{CELL}/client.json", b'{"other": 1}'),
     "client is not JSON": damage(f"{CELL}/client.json", b"{"),
-    "records are not UTF-8": damage(f"{CELL}/records.jsonl", b"\xff\xfe\n"),
-    "a record is a list": damage(f"{CELL}/records.jsonl", b"[]\n"),
-    "a record has another field": damage(f"{CELL}/records.jsonl", b'{"other": 1}\n'),
-    "a line of the records is not JSON": bad_line,
+    "records are lines of text": damage(f"{CELL}/records.arrow", b"{}\n"),
+    "records have other columns": damage(f"{CELL}/records.arrow", bytes(pa.schema([("x", pa.int8())]).serialize())),
     "a record was never sent": null_sent_ns,
 }
 
@@ -227,17 +222,16 @@ def test_a_folder_that_is_not_there_ends_with_2_and_one_line(headroom: Headroom,
 
 
 @pytest.mark.usefixtures("no_charts")
-def test_a_last_line_that_a_kill_cut_short_is_no_damage(headroom: Headroom, folder: Path) -> None:
-    path = folder / CELL / "records.jsonl"
-    path.write_text(path.read_text() + '{"index": 99, "tar')
+def test_a_last_batch_that_a_kill_cut_short_is_no_damage(headroom: Headroom, folder: Path) -> None:
+    path = folder / CELL / "records.arrow"
+    path.write_bytes(path.read_bytes() + to_bytes(read(path))[:-9])
     assert headroom("report", str(folder))[0] == 0
 
 
 @pytest.mark.usefixtures("no_charts")
 def test_a_run_in_which_every_request_failed_gets_a_report(headroom: Headroom, folder: Path) -> None:
     for cell in (folder / "cells").iterdir():
-        path = cell / "records.jsonl"
-        path.write_text(path.read_text().replace('"error":null', '"error":"reset"'))
+        change_records(folder, cell.name, lambda records: [replace(record, error="reset") for record in records])
     code, out, err = headroom("report", str(folder))
     assert (code, err) == (0, "")
     assert out.startswith("No comparison")

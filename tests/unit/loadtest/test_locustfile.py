@@ -66,7 +66,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def limit_file_size() -> None:
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
 
 
 def free_port() -> int:
@@ -122,7 +122,7 @@ class Programs:
         self._processes[name].send_signal(signal.SIGTERM)
 
     def records(self, name: str) -> list[Record]:
-        return list(read(self.folder / name / "records.jsonl"))
+        return list(read(self.folder / name / "records.arrow"))
 
 
 @pytest.fixture(scope="module")
@@ -154,17 +154,16 @@ def programs(tmp_path_factory: pytest.TempPathFactory, url: str, web_port: int) 
     folder = tmp_path_factory.mktemp("locust")
     taken = folder / "taken.jsonl"
     taken.write_text("not ours\n")
-    run = "--headless --records records.jsonl HF"
+    run = "--headless --records records.arrow HF"
     with ExitStack() as stack:
         started = Programs(folder, url, stack)
         started.start("web", f"--hf-url http://127.0.0.1:{free_port()} --web-port {web_port}")
         started.start("bad option", f"{run} --input-mean 0")
         started.start("too long", f"{run} --input-mean 5000 --run-time 1s")
         started.start("existing", f"{run} --records ../taken.jsonl")
-        started.start("master", f"{run} --master --master-bind-port {free_port()}")
         started.start("whole", f"{run} --users 2 --spawn-rate 9 --warmup 2 --requests 5")
         started.start("stalled", f"{run} --hf-url {url}/stalled --users 2 --spawn-rate 9")
-        started.start("full disk", f"{run} --requests 50", preexec=limit_file_size)
+        started.start("full disk", f"{run} --requests 500", preexec=limit_file_size)
         yield started
 
 
@@ -191,13 +190,6 @@ def test_an_existing_file_of_records_ends_it_with_3_and_is_left_as_it_was(progra
     assert "taken.jsonl" in lines[0]
     assert "Traceback" not in errors
     assert (programs.folder / "taken.jsonl").read_text() == "not ours\n"
-
-
-def test_several_processes_are_refused(programs: Programs) -> None:
-    code, lines, errors = programs.ended("master")
-    assert code == 2
-    assert lines == ["loadtest: runs on one process for now: leave out --master, --worker and --processes"]
-    assert "Traceback" not in errors
 
 
 def test_a_whole_run_keeps_every_record_and_ends_by_itself(programs: Programs, asked: list[dict[str, Any]]) -> None:
@@ -228,7 +220,7 @@ def test_a_full_disk_ends_it_with_3_and_says_so_without_a_traceback(programs: Pr
     assert "its records cannot be kept" in lines[0]
     assert "File too large" in lines[0]
     assert "Traceback" not in errors
-    assert 0 < len(programs.records("full disk")) < 10
+    assert 0 < len(programs.records("full disk")) < 500
 
 
 def submit(port: int, **form: object) -> dict[str, Any]:
@@ -253,7 +245,7 @@ def web(programs: Programs, web_port: int) -> int:
 
 
 def test_the_web_form_starts_a_run_whose_failures_are_records(web: int, programs: Programs) -> None:
-    answer = submit(web, records="records.jsonl", requests="2", workload="classic", model="m")
+    answer = submit(web, records="records.arrow", requests="2", workload="classic", model="m")
     assert answer["success"] is True
     client, deadline = programs.folder / "web" / "client.json", time.monotonic() + 10
     while not client.exists():
@@ -273,7 +265,7 @@ def test_every_option_is_a_field_of_the_web_form(web: int) -> None:
     ("form", "message"),
     [
         ({"input_mean": "0"}, "input_mean: '0': Input should be greater than or equal to 1"),
-        ({"workload": "poisson"}, "workload: 'poisson': Input should be 'lognormal', 'classic', 'sharegpt' or"),
+        ({"workload": "poisson"}, "workload: 'poisson': Input should be 'lognormal', 'classic', 'sharegpt',"),
         ({"requests": "many"}, "requests: 'many': Input should be a valid integer"),
         ({"host": "http://elsewhere"}, "host: 'http://elsewhere': leave it empty; each user class has a server"),
         ({"records": "../taken.jsonl"}, "records: '../taken.jsonl' exists; name a new file"),

@@ -1,5 +1,7 @@
 """The options, and what is said of bad ones."""
 
+import re
+
 import configargparse  # type: ignore[import-untyped]
 import pytest
 
@@ -9,7 +11,7 @@ from loadtest.options import Options, add_arguments, check
 @pytest.mark.parametrize(
     ("field", "value", "allowed"),
     [
-        ("workload", "poisson", "'lognormal', 'classic', 'sharegpt' or 'alpaca'"),
+        ("workload", "poisson", "'sharegpt', 'alpaca', 'synthetic', 'dataset' or 'trace'"),
         ("input_mean", "0", "greater than or equal to 1"),
         ("output_mean", "many", "valid number"),
         ("sigma", "3.5", "less than or equal to 3"),
@@ -21,6 +23,20 @@ from loadtest.options import Options, add_arguments, check
         ("timeout", "0", "greater than 0"),
         ("hf_url", "localhost:8000", "https?://"),
         ("vllm_url", "ftp://localhost", "https?://"),
+        ("arrival", "burst", "'closed', 'constant', 'poisson', 'gamma', 'steps', 'ramp' or 'trace'"),
+        ("rate", "-1", "greater than or equal to 0"),
+        ("rate", "inf", "less than or equal to 1000000"),
+        ("burstiness", "0", "greater than 0"),
+        ("burstiness", "nan", "greater than 0"),
+        ("stages", "5x", "expected RATExSECONDS or FROM-TOxSECONDS"),
+        ("stages", "0x9", "expected a rate above 0"),
+        ("time_scale", "0", "greater than 0"),
+        ("turns", "0", "greater than or equal to 1"),
+        ("skip_bad_lines", "perhaps", "valid boolean"),
+        ("endpoint", "responses", "'completions' or 'chat'"),
+        ("retries", "11", "less than or equal to 10"),
+        ("token_timeout", "-1", "greater than or equal to 0"),
+        ("stamps", "hardware", "'auto', 'kernel' or 'user'"),
     ],
 )
 def test_a_bad_value_is_named_with_its_field_and_what_is_allowed(field: str, value: str, allowed: str) -> None:
@@ -45,6 +61,86 @@ def test_every_bad_value_is_named() -> None:
         check({"input_mean": "x", "sigma": "y"})
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"arrival": "constant"}, "rate: 0.0: arrival constant needs a rate above 0 requests per second"),
+        ({"arrival": "gamma", "rate": "0"}, "rate: 0.0: arrival gamma needs a rate above 0 requests per second"),
+        ({"rate": "5"}, "rate: 5.0: is not read by arrival closed; expected arrival constant or poisson or gamma"),
+        ({"arrival": "steps"}, "stages: '': arrival steps needs stages such as 5x30,10x30"),
+        ({"arrival": "ramp"}, "stages: '': arrival ramp needs stages such as 1-20x60"),
+        (
+            {"arrival": "steps", "stages": "1-5x3"},
+            "stages: '1-5x3': a rate that changes inside a stage needs arrival ramp",
+        ),
+        ({"arrival": "trace"}, "trace: '': arrival trace needs a trace file"),
+        ({"workload": "trace"}, "trace: '': workload trace needs a trace file"),
+        ({"trace": "x.csv"}, "trace: 'x.csv': is read by arrival trace and workload trace alone"),
+        ({"time_scale": "2"}, "time_scale: 2.0: is not read by arrival closed; expected arrival trace"),
+        ({"input_lengths": "zipf"}, "input_lengths: 'zipf': needs workload synthetic, not lognormal"),
+        (
+            {"workload": "synthetic", "output_lengths": "empirical"},
+            "output_histogram: '': output_lengths empirical needs a CSV file of length,count",
+        ),
+        ({"prefix_groups": "2"}, "prefix_tokens: 0: prefix_groups and prefix_tokens need each other"),
+        ({"prefix_tokens": "2"}, "prefix_groups: 0: prefix_groups and prefix_tokens need each other"),
+        ({"turns": "2", "workload": "classic"}, "turns: 2: needs synthetic prompts, not workload classic"),
+        ({"workload": "dataset"}, "dataset: '': workload dataset needs a file or folder"),
+        (
+            {"dataset": "x.json"},
+            "dataset: 'x.json': is not read by workload lognormal; expected dataset, sharegpt or alpaca",
+        ),
+        (
+            {"endpoint": "chat"},
+            "tokenizer: '': endpoint chat needs one, to make text of exact length for workload lognormal",
+        ),
+        (
+            {"arrival": "poisson", "workload": "dataset"},
+            "rate: 0.0: arrival poisson needs a rate above 0 requests per second; "
+            "dataset: '': workload dataset needs a file or folder",
+        ),
+    ],
+)
+def test_options_that_do_not_fit_together_are_named_with_what_is_needed(given: dict[str, str], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        check(given)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"arrival": "gamma", "rate": "5", "burstiness": "inf"},
+        {"arrival": "steps", "stages": "5x30,10x30"},
+        {"arrival": "ramp", "stages": "1-20x60,20x10"},
+        {"arrival": "trace", "trace": "x.csv", "time_scale": "0.5"},
+        {"workload": "trace", "trace": "x.csv", "arrival": "poisson", "rate": "2"},
+        {"workload": "sharegpt", "dataset": "x.json", "endpoint": "chat"},
+        {"workload": "classic", "endpoint": "chat"},
+        {"turns": "3", "prefix_groups": "2", "prefix_tokens": "9", "workload": "alpaca"},
+    ],
+)
+def test_options_that_fit_together_are_allowed(given: dict[str, str]) -> None:
+    assert (
+        check(given).model_dump().items()
+        >= {key: given[key] for key in ("arrival", "workload") if key in given}.items()
+    )
+
+
+def test_the_total_holds_warm_up_and_drain_and_is_open_without_a_number_of_requests() -> None:
+    assert Options(requests=7, warmup=2, drain=3).total == 12
+    assert Options(warmup=2, drain=3).total is None
+
+
+def test_a_switch_is_on_when_it_is_named() -> None:
+    parser = configargparse.ArgumentParser(add_help=False)
+    add_arguments(parser)
+    assert check(vars(parser.parse_args(["--skip-bad-lines"], env_vars={}))).skip_bad_lines
+    assert check(vars(parser.parse_args([], env_vars={"HEADROOM_LOADTEST_SKIP_BAD_LINES": "true"}))).skip_bad_lines
+    assert not check(vars(parser.parse_args([], env_vars={}))).skip_bad_lines
+    # As Locust's web form sends it.
+    assert [check({"skip_bad_lines": value}).skip_bad_lines for value in ("true", "false")] == [True, False]
+
+
 def test_other_options_of_locust_are_none_of_our_business() -> None:
     assert check({"users": "many", "requests": "7", "workload": "classic"}) == Options(requests=7, workload="classic")
 
@@ -62,3 +158,9 @@ def test_every_option_is_read_from_the_command_line_and_from_the_environment() -
 def test_the_defaults_are_allowed() -> None:
     assert check({}) == Options()
     assert check(vars(Options())) == Options()
+
+
+def test_defaults_are_of_the_type_of_their_field() -> None:
+    # Locust turns what its web form sends into the type of the default: with 1 for 1.0 it would refuse 1.5.
+    fields = Options.model_fields.items()
+    assert [name for name, field in fields if field.annotation is float and not isinstance(field.default, float)] == []

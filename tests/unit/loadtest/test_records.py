@@ -1,17 +1,19 @@
 """Records: what is kept of a request, and the figures that are derived from it."""
 
-import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loadtest.records import ErrorKind, Record, RecordWriter, TokenSource, read
+from loadtest.records import SCHEMA, ErrorKind, Record, RecordFile, StampSource, TokenSource, count, read, to_bytes
 
 SECOND = 10**9
-COUNTS = st.none() | st.integers(0, 10**6)
+NUMBERS = st.integers(0, 2**63 - 1)
+COUNTS = st.none() | NUMBERS
 
 
 def record(**changes: Any) -> Record:
@@ -35,30 +37,33 @@ def record(**changes: Any) -> Record:
 
 RECORDS = st.builds(
     Record,
-    index=st.integers(0),
+    index=NUMBERS,
     target=st.text(max_size=8),
     phase=st.sampled_from(["warmup", "measured", "drain"]),
-    max_tokens=st.integers(1),
-    sent_ns=st.integers(0),
-    end_ns=st.integers(0),
+    max_tokens=NUMBERS,
+    worker=NUMBERS,
+    retries=NUMBERS,
+    sent_ns=NUMBERS,
+    end_ns=NUMBERS,
     scheduled_ns=COUNTS,
     status=COUNTS,
     prompt_tokens=COUNTS,
     output_tokens=COUNTS,
     token_source=st.sampled_from(get_args(TokenSource)),
+    stamp_source=st.sampled_from(get_args(StampSource)),
     finish_reason=st.none() | st.text(max_size=8),
-    chunk_ns=st.lists(st.integers(0), max_size=4),
-    chunk_tokens=st.lists(st.integers(0), max_size=4),
+    chunk_ns=st.lists(NUMBERS, max_size=4),
+    chunk_tokens=st.lists(NUMBERS, max_size=4),
     error=st.none() | st.sampled_from(get_args(ErrorKind)),
     error_detail=st.none() | st.text(),
 )
 
 
-def write(path: Path, *records: Record) -> Path:
-    writer = RecordWriter(path)
-    for one in records:
-        writer.append(one)
-    writer.close()
+def write(path: Path, *batches: Sequence[Record]) -> Path:
+    file = RecordFile(path)
+    for batch in batches:
+        file.write(to_bytes(batch))
+    file.close()
     return path
 
 
@@ -68,41 +73,71 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.lists(RECORDS, max_size=2))
-def test_what_was_written_is_read_back(folder: Path, records: list[Record]) -> None:
-    path = write(folder / "records.jsonl", *records)
-    assert list(read(path)) == records
+@given(st.lists(st.lists(RECORDS, max_size=2), max_size=3))
+def test_what_was_written_is_read_back(folder: Path, batches: list[list[Record]]) -> None:
+    path = write(folder / "records.arrow", *batches)
+    assert list(read(path)) == [one for batch in batches for one in batch]
+    assert count(path) == sum(map(len, batches))
     path.unlink()
 
 
-def test_a_record_is_on_disk_before_the_next_one_is_written(tmp_path: Path) -> None:
-    writer = RecordWriter(tmp_path / "deep" / "er" / "records.jsonl")
+def test_a_batch_is_on_disk_before_the_next_one_is_written(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "er" / "records.arrow"
+    file = RecordFile(path)
+    assert (list(read(path)), count(path)) == ([], 0)
     for index in range(3):
-        writer.append(record(index=index))
-        assert [one.index for one in read(tmp_path / "deep" / "er" / "records.jsonl")] == list(range(index + 1))
-    writer.close()
+        file.write(to_bytes([record(index=index)]))
+        assert [one.index for one in read(path)] == list(range(index + 1))
+    file.close()
 
 
-def test_a_file_that_a_kill_cut_anywhere_reads_back_without_the_last(tmp_path: Path) -> None:
-    path = write(tmp_path / "records.jsonl", record(index=0), record(index=1, error_detail="é\n😀"))
+def test_a_file_that_a_kill_cut_anywhere_reads_back_without_the_last_batch(tmp_path: Path) -> None:
+    path = write(tmp_path / "records.arrow", [record(index=0)], [record(index=1), record(index=2)])
     whole = path.read_bytes()
-    first = whole.index(b"\n") + 1
-    for length in range(first, len(whole), 3):
+    first = len(whole) - len(to_bytes([record(index=1), record(index=2)]))
+    for length in range(len(whole) + 1):
         path.write_bytes(whole[:length])
-        assert [one.index for one in read(path)] == [0]
+        expected = [] if length < first else [0] if length < len(whole) else [0, 1, 2]
+        assert [one.index for one in read(path)] == expected, length
+        assert count(path) == len(expected)
+
+
+@pytest.mark.parametrize("content", [b"{}\n", b"PAR1" + bytes(100), b"\x00"])
+def test_another_file_is_refused(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "records.arrow"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="not a file of records"):
+        list(read(path))
+
+
+def test_a_table_of_other_columns_is_refused_with_their_names(tmp_path: Path) -> None:
+    path = tmp_path / "records.arrow"
+    table = pa.table({"index": [1], "color": ["red"]})
+    with pa.ipc.new_stream(path, table.schema) as writer:
+        writer.write_table(table)
+    with pytest.raises(ValueError, match="index, color"):
+        list(read(path))
 
 
 def test_a_file_of_another_run_is_never_written_over(tmp_path: Path) -> None:
-    path = write(tmp_path / "records.jsonl", record())
+    path = write(tmp_path / "records.arrow", [record()])
     before = path.read_bytes()
     with pytest.raises(FileExistsError):
-        RecordWriter(path)
+        RecordFile(path)
     assert path.read_bytes() == before
 
 
-def test_a_line_names_its_fields(tmp_path: Path) -> None:
-    line = json.loads(write(tmp_path / "records.jsonl", record()).read_text())
-    assert (line["index"], line["phase"], line["chunk_tokens"]) == (3, "measured", [1, 3, 1])
+def test_any_reader_of_arrow_reads_the_file(tmp_path: Path) -> None:
+    path = write(tmp_path / "records.arrow", [record()], [record(index=4, chunk_ns=[], chunk_tokens=[])])
+    with pa.ipc.open_stream(path) as reader:
+        table = reader.read_all()
+    assert table.schema == SCHEMA
+    assert table.column("chunk_tokens").to_pylist() == [[1, 3, 1], []]
+
+
+def test_send_lateness_is_sent_minus_scheduled_and_is_unknown_in_a_closed_loop() -> None:
+    assert record(scheduled_ns=750_000_000).late_seconds == 0.25
+    assert record().late_seconds is None
 
 
 def test_latencies_as_worked_out_by_hand() -> None:

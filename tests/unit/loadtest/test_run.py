@@ -1,20 +1,22 @@
 """One run: requests out, records in, and what the client measures of itself."""
 
-import json
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import pairwise
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from threading import Thread
 from typing import Any
 
 import gevent
 import pytest
 
-from loadtest.client import Connection
 from loadtest.options import Options
-from loadtest.records import read
-from loadtest.run import Run, SelfCheck
+from loadtest.records import Record, RecordFile, read
+from loadtest.run import FLUSH_SECONDS, START_SECONDS, Run, Share, whole
+from loadtest.selfcheck import SelfCheck
 
 TOKEN = (
     b'data: {"choices":[{"text":"a","finish_reason":"length"}],"usage":{"prompt_tokens":3,"completion_tokens":1}}\n\n'
@@ -26,8 +28,10 @@ class Handler(BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
     answered = 0
+    seconds = 0.0
 
     def do_POST(self) -> None:
+        time.sleep(Handler.seconds)
         self.rfile.read(int(self.headers["Content-Length"]))
         self.send_response(200 if Handler.answered else 503)
         Handler.answered += 1
@@ -41,48 +45,73 @@ class Handler(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def connection() -> Iterator[Connection]:
-    Handler.answered = 0
+def url() -> Iterator[str]:
+    Handler.answered, Handler.seconds = 0, 0.0
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         thread = Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
-        connection = Connection(f"http://127.0.0.1:{server.server_address[1]}", 5)
-        yield connection
-        connection.close()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
         server.shutdown()
         thread.join(5)
+
+
+@dataclass
+class Kept:
+    """What a run passed on."""
+
+    batches: list[bytes] = field(default_factory=list)
+    ends: list[Exception | None] = field(default_factory=list)
+
+    def records(self) -> list[Record]:
+        """All records, in the order in which they came."""
+        with TemporaryDirectory() as folder:
+            file = RecordFile(Path(folder) / "records.arrow")
+            for batch in self.batches:
+                file.write(batch)
+            file.close()
+            return list(read(Path(folder) / "records.arrow"))
 
 
 Begin = Callable[..., Run]
 
 
 @pytest.fixture
-def ends() -> list[Exception | None]:
-    return []
+def kept() -> Kept:
+    return Kept()
 
 
 @pytest.fixture
-def begin(tmp_path: Path, ends: list[Exception | None]) -> Begin:
-    def begin(*targets: str, **options: Any) -> Run:
-        return Run(Options(records=str(tmp_path / "records.jsonl"), **options), list(targets), ends.append)
+def begin(kept: Kept, url: str) -> Begin:
+    def begin(*targets: str, share: Share | None = None, **options: Any) -> Run:
+        servers = {"hf_url": url, "vllm_url": url, "model": "m"}
+        return Run(
+            Options(**(servers | options)), list(targets), share or whole(), kept.batches.append, kept.ends.append
+        )
 
     return begin
 
 
-def perform_all(run: Run, target: str, connection: Connection) -> None:
+def wait_until(holds: Callable[[], bool]) -> None:
+    with gevent.Timeout(10):
+        while not holds():
+            gevent.sleep(0.01)
+
+
+def perform_all(run: Run, target: str) -> None:
     while request := run.next_request(target):
-        run.perform(target, request, connection, "m")
+        run.perform(target, request)
 
 
-def test_every_request_leaves_a_record_with_its_phase_also_when_it_failed(begin: Begin, connection: Connection) -> None:
+def test_every_request_leaves_a_record_with_its_phase_also_when_it_failed(begin: Begin, kept: Kept) -> None:
     run = begin("hf", warmup=2, requests=3, drain=1)
-    perform_all(run, "hf", connection)
+    perform_all(run, "hf")
     run.close()
-    records = list(read(run.path))
+    records = kept.records()
     assert [record.index for record in records] == list(range(6))
     assert [record.phase for record in records] == ["warmup"] * 2 + ["measured"] * 3 + ["drain"]
     assert [record.error for record in records] == ["http_5xx", *[None] * 5]
     assert {record.output_tokens for record in records[1:]} == {1}
+    assert {record.scheduled_ns for record in records} == {None}
 
 
 def test_both_servers_get_the_same_requests_in_the_same_order(begin: Begin) -> None:
@@ -101,37 +130,106 @@ def test_without_a_number_of_requests_there_is_always_another(begin: Begin) -> N
     assert [request.index for request in requests if request] == list(range(100))
 
 
-def test_the_run_ends_once_with_the_last_record_of_every_server(
-    begin: Begin, connection: Connection, ends: list[Exception | None]
-) -> None:
+@pytest.mark.parametrize("of", [1, 2, 3, 7])
+def test_shares_hand_out_every_request_once_and_end_by_themselves(begin: Begin, kept: Kept, of: int) -> None:
+    everything = whole()
+    for rank in range(of):
+        run = begin("hf", share=replace(everything, rank=rank, of=of), requests=5)
+        perform_all(run, "hf")
+        gevent.sleep(0)
+        run.close()
+    assert sorted(record.index for record in kept.records()) == list(range(5))
+    assert all(record.worker == record.index % of for record in kept.records())
+    assert kept.ends == [None] * of
+
+
+def test_the_run_ends_once_with_the_last_record_of_every_server(begin: Begin, kept: Kept) -> None:
     run = begin("hf", "vllm", requests=2)
-    perform_all(run, "hf", connection)
-    assert ends == []
-    perform_all(run, "vllm", connection)
+    perform_all(run, "hf")
+    assert kept.ends == []
+    perform_all(run, "vllm")
     run.close()
-    assert ends == [None]
+    assert kept.ends == [None]
+    assert len(kept.records()) == 4
 
 
-def test_the_records_have_what_the_client_measured_of_itself_next_to_them(begin: Begin, connection: Connection) -> None:
+def test_records_are_passed_on_while_the_run_goes_on(begin: Begin, kept: Kept) -> None:
+    run = begin("hf", requests=5)
+    request = run.next_request("hf")
+    assert request
+    run.perform("hf", request)
+    assert kept.batches == []
+    gevent.sleep(FLUSH_SECONDS * 1.5)
+    assert [record.index for record in kept.records()] == [0]
+    run.close()
+
+
+def test_the_run_ends_with_the_failure_when_records_cannot_be_kept(url: str) -> None:
+    def refuse(_: bytes) -> None:
+        raise OSError("no space left")
+
+    ends: list[Exception | None] = []
+    run = Run(Options(hf_url=url, model="m", requests=2), ["hf"], whole(), refuse, ends.append)
+    perform_all(run, "hf")
+    run.close()
+    assert [str(end) for end in ends] == ["no space left"]
+
+
+def test_the_run_tells_what_the_client_measured_of_itself(begin: Begin) -> None:
     run = begin("hf", requests=2)
-    perform_all(run, "hf", connection)
-    run.close()
-    summary = json.loads(run.path.with_name("client.json").read_text())
+    perform_all(run, "hf")
+    summary = run.close()
     assert summary["requests_ended"] == {"hf": 2}
+    assert isinstance(summary["wall_seconds"], float)
+    assert isinstance(summary["cpu_share"], float)
     assert summary["wall_seconds"] > 0
     assert 0 <= summary["cpu_share"] < 2
+    assert summary["send_lateness_p99_seconds"] is None
 
 
-def test_a_run_does_not_write_over_the_records_of_another(begin: Begin) -> None:
-    begin("hf").close()
-    with pytest.raises(FileExistsError):
-        begin("hf")
-
-
-def test_a_workload_that_cannot_be_sent_is_refused_before_the_run(begin: Begin, tmp_path: Path) -> None:
+def test_a_workload_that_cannot_be_sent_is_refused_before_the_run(begin: Begin) -> None:
     with pytest.raises(ValueError, match="does not fit"):
         begin("hf", workload="sharegpt", max_context=100)
-    assert not (tmp_path / "records.jsonl").exists()
+
+
+def test_a_failed_request_is_sent_again_when_that_is_wanted_and_its_time_is_that_of_the_first_try(
+    begin: Begin, kept: Kept
+) -> None:
+    run = begin("hf", requests=1, retries=2)
+    request = run.next_request("hf")
+    assert request
+    before_ns = time.monotonic_ns()
+    run.perform("hf", request)
+    run.close()
+    (record,) = kept.records()
+    assert (record.error, record.retries, record.output_tokens) == (None, 1, 1)
+    assert 0 < record.sent_ns - before_ns < record.chunk_ns[0] - before_ns
+
+
+def test_in_an_open_loop_requests_are_sent_on_time_whatever_comes_back(begin: Begin, kept: Kept) -> None:
+    Handler.seconds = 0.4
+    run = begin("hf", requests=20, arrival="constant", rate=100)
+    wait_until(lambda: len(kept.ends) == 1)
+    summary = run.close()
+    records = kept.records()
+    scheduled = [record.scheduled_ns or 0 for record in sorted(records, key=lambda record: record.index)]
+    assert [later - earlier for earlier, later in pairwise(scheduled)] == [10_000_000] * 19
+    late = [record.late_seconds for record in records if record.late_seconds is not None]
+    assert len(late) == 20
+    assert min(late) >= 0
+    assert summary["send_lateness_p99_seconds"] == max(late)
+    assert min(record.end_ns - record.sent_ns for record in records) >= 0.4e9
+
+
+def test_an_open_loop_that_is_stopped_keeps_a_record_of_each_request_in_flight(begin: Begin, kept: Kept) -> None:
+    Handler.seconds = 3
+    run = begin("hf", "vllm", arrival="constant", rate=50)
+    gevent.sleep(START_SECONDS + 0.5)
+    run.close()
+    records = kept.records()
+    assert {record.error for record in records} == {"cancelled"}
+    assert {record.target for record in records} == {"hf", "vllm"}
+    assert all(record.scheduled_ns for record in records)
 
 
 def test_a_blocked_event_loop_shows_as_lag() -> None:
@@ -142,6 +240,16 @@ def test_a_blocked_event_loop_shows_as_lag() -> None:
     lag = check.finish()["loop_lag_max_seconds"]
     assert isinstance(lag, float)
     assert lag >= 0.15
+
+
+def test_what_happens_after_the_last_record_is_not_held_against_the_run(begin: Begin) -> None:
+    run = begin("hf", requests=2)
+    perform_all(run, "hf")
+    time.sleep(0.3)
+    gevent.sleep(0.03)
+    lag = run.close()["loop_lag_max_seconds"]
+    assert isinstance(lag, float)
+    assert lag < 0.2
 
 
 def test_a_busy_client_shows_in_its_cpu_share() -> None:

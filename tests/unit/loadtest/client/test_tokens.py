@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loadtest.tokens import Output, read_stream
+from loadtest.client.tokens import Output, read_stream
 
 DONE = "[DONE]"
 

@@ -1,21 +1,30 @@
 """The streaming client, against a real socket server that sends what a script says."""
 
+import gzip
 import itertools
 import json
 import socket
+import ssl
 import struct
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 
+import gevent
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from loadtest.client import Connection, Exchange
-from loadtest.records import ErrorKind
+from loadtest.client.connection import Connection, Exchange
+from loadtest.client.http import Answer as Read
+from loadtest.client.receiver import Receiver, Stamps
+from loadtest.records import ErrorKind, Record
 from loadtest.run import make_record
-from loadtest.workloads import Request
+from loadtest.work.workloads import Request
 
 REQUEST = Request(index=4, prompt="x", max_tokens=2, temperature=0.0, seed=0)
 FIRST = b'data: {"choices":[{"text":"a","finish_reason":null}],"usage":{"prompt_tokens":1,"completion_tokens":1}}\n\n'
@@ -46,6 +55,11 @@ def hang_up(connection: socket.socket) -> None:
     connection.shutdown(socket.SHUT_RDWR)
 
 
+def pause(_: socket.socket) -> None:
+    """Let the client read what was sent before more comes."""
+    time.sleep(0.05)
+
+
 def reset(connection: socket.socket) -> None:
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     connection.close()
@@ -59,6 +73,7 @@ class Server:
     requests: list[tuple[int, bytes]] = field(default_factory=list)
     closed: list[threading.Event] = field(default_factory=list)
     stop: threading.Event = field(default_factory=threading.Event)
+    tls: ssl.SSLContext | None = None
 
     def __enter__(self) -> "Server":
         self.closed = [threading.Event() for _ in self.scripts]
@@ -86,9 +101,12 @@ class Server:
                 connection, _ = self._listener.accept()
             except OSError:  # the test is over
                 return
-            with connection:
+            with suppress(ssl.SSLError), self._encrypted(connection) as connection:
                 self._answer(number, connection, answers)
             self.closed[number].set()
+
+    def _encrypted(self, connection: socket.socket) -> socket.socket:
+        return self.tls.wrap_socket(connection, server_side=True) if self.tls else connection
 
     def _answer(self, number: int, connection: socket.socket, answers: list[Answer]) -> None:
         for steps in answers:
@@ -116,25 +134,6 @@ def read_request(connection: socket.socket) -> bytes:
     return data
 
 
-class PacedClock:
-    """The real clock, which also tells the server when the client has taken a stamp of what it was sent."""
-
-    def __init__(self) -> None:
-        self.calls = 0
-
-    def __call__(self) -> int:
-        self.calls += 1
-        return time.monotonic_ns()
-
-    def wait_for_stamp(self, calls: int) -> None:
-        """Wait for the stamp of what was sent when `calls` calls had been made."""
-        # One call may come before the client receives; the second comes after.
-        deadline = time.monotonic() + 5
-        while self.calls < calls + 2:
-            assert time.monotonic() < deadline
-            time.sleep(0.001)
-
-
 Serve = Callable[..., Server]
 Connect = Callable[..., Connection]
 
@@ -146,12 +145,25 @@ def serve() -> Iterator[Serve]:
         yield lambda *scripts: stack.enter_context(Server(list(scripts)))
 
 
+@pytest.fixture(autouse=True, scope="module")
+def stamping() -> Iterator[None]:
+    """Linux begins to stamp a moment after it was first asked to, and goes on while a socket asks for it."""
+    receiver = Receiver("kernel")
+    time.sleep(0.1)
+    yield
+    receiver.close()
+
+
 @pytest.fixture
 def connect() -> Iterator[Connect]:
     with ExitStack() as stack:
 
-        def connect(url: str, timeout: float = 5, clock: Callable[[], int] = time.monotonic_ns) -> Connection:
-            connection = Connection(url, timeout, clock)
+        def connect(
+            url: str, timeout: float = 5, receiver: Receiver | None = None, token_timeout: float = 0
+        ) -> Connection:
+            receiver = receiver or Receiver()
+            stack.callback(receiver.close)
+            connection = Connection(url, receiver, timeout, token_timeout)
             stack.callback(connection.close)
             return connection
 
@@ -160,6 +172,10 @@ def connect() -> Iterator[Connect]:
 
 def post(connection: Connection) -> Exchange:
     return connection.post("/v1/completions", REQUEST.body("m"))
+
+
+def record_of(exchange: Exchange) -> Record:
+    return make_record(REQUEST, exchange, target="hf", phase="measured")
 
 
 @pytest.mark.parametrize(
@@ -175,9 +191,9 @@ def post(connection: Connection) -> Exchange:
 )
 def test_the_body_is_the_same_however_it_is_framed(serve: Serve, connect: Connect, steps: Answer) -> None:
     exchange = post(connect(serve([steps]).url))
-    assert (exchange.status, exchange.complete, exchange.error) == (200, True, None)
-    assert exchange.content_type == "text/event-stream"
-    assert exchange.body == STREAM
+    assert (exchange.status, exchange.answer.complete, exchange.error) == (200, True, None)
+    assert exchange.answer.content_type == "text/event-stream"
+    assert exchange.answer.body == STREAM
     assert [data for _, data in exchange.events()][-1] == b"[DONE]"
 
 
@@ -185,22 +201,15 @@ def test_a_body_that_ends_with_the_connection_is_whole(serve: Serve, connect: Co
     # RFC 9112, section 6.3: without a length and without chunks the body ends where the connection does.
     closing = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: close\r\n\r\n"
     exchange = post(connect(serve([[closing + STREAM]]).url))
-    assert exchange.body == STREAM
+    assert exchange.answer.body == STREAM
     assert exchange.error is None
 
 
 def test_an_interim_answer_is_not_the_answer(serve: Serve, connect: Connect) -> None:
     # RFC 9110, section 15.2: a client must be able to parse interim answers, which it may ignore.
     early = b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\n"
-    clock = PacedClock()
-
-    def send(connection: socket.socket) -> None:
-        calls = clock.calls
-        connection.sendall(early)
-        clock.wait_for_stamp(calls)
-
-    exchange = post(connect(serve([[send, answer(STREAM)]]).url, clock=clock))
-    assert (exchange.status, exchange.body) == (200, STREAM)
+    exchange = post(connect(serve([[early, pause, answer(STREAM)]]).url))
+    assert (exchange.status, exchange.answer.body) == (200, STREAM)
 
 
 def test_the_request_is_what_was_asked_for(serve: Serve, connect: Connect) -> None:
@@ -286,7 +295,7 @@ def test_a_server_that_stalls_is_a_timeout(serve: Serve, connect: Connect, sent:
     assert exchange.error == "timeout"
     assert exchange.error_detail
     assert 0.2e9 <= exchange.end_ns - begun < 3e9
-    assert exchange.body == (FIRST if FIRST in sent else b"")
+    assert exchange.answer.body == (FIRST if FIRST in sent else b"")
 
 
 def test_a_stream_that_trickles_on_ends_at_the_timeout(serve: Serve, connect: Connect) -> None:
@@ -338,7 +347,7 @@ def test_every_failure_is_a_record_with_its_kind_and_the_next_request_works(
     # Some failures leave the connection usable; the server is ready for either.
     server = serve([steps, [answer(STREAM)]], [[answer(STREAM)]])
     connection = connect(server.url)
-    failed, good = (make_record("hf", REQUEST, post(connection), "measured") for _ in range(2))
+    failed, good = (record_of(post(connection)) for _ in range(2))
     assert (failed.error, failed.status) == (kind, status)
     assert failed.error_detail is not None
     assert (failed.index, failed.target, failed.phase, failed.max_tokens) == (4, "hf", "measured", 2)
@@ -349,47 +358,77 @@ def test_every_failure_is_a_record_with_its_kind_and_the_next_request_works(
 
 def test_tokens_that_came_before_a_failure_stay_in_the_record(serve: Serve, connect: Connect) -> None:
     server = serve([[head() + chunked(FIRST)[:-5], hang_up]])
-    record = make_record("hf", REQUEST, post(connect(server.url)), "measured")
+    record = record_of(post(connect(server.url)))
     assert (record.error, len(record.chunk_ns), record.chunk_tokens) == ("truncated", 1, [1])
 
 
 def test_the_body_of_a_refusal_is_kept_up_to_a_limit(serve: Serve, connect: Connect) -> None:
     server = serve([[answer("é".encode() * 1000, "400 Bad Request", "text/plain")]])
-    record = make_record("hf", REQUEST, post(connect(server.url)), "warmup")
+    record = record_of(post(connect(server.url)))
     assert record.error_detail == "é" * 250
 
 
-def test_each_piece_has_the_time_at_which_it_came(serve: Serve, connect: Connect) -> None:
-    clock, sent = PacedClock(), []
+@pytest.mark.parametrize("stamps", ["kernel", "user"])
+def test_each_piece_has_the_time_at_which_it_came(serve: Serve, connect: Connect, stamps: Stamps) -> None:
+    sent: list[int] = []
 
     def send(piece: bytes) -> Step:
         def step(connection: socket.socket) -> None:
-            calls = clock.calls
             sent.append(time.monotonic_ns())
             connection.sendall(piece)
-            clock.wait_for_stamp(calls)
+            pause(connection)
 
         return step
 
     # The first event comes in two halves and is there with the second; the last token is not the end of the answer.
     steps = [send(head(len(STREAM)) + FIRST[:9]), send(FIRST[9:]), send(LAST), b"data: [DONE]\n\n"]
-    exchange = post(connect(serve([steps]).url, clock=clock))
+    exchange = post(connect(serve([steps]).url, receiver=Receiver(stamps)))
     (first, _), (last, _), (done, _) = exchange.events()
     assert exchange.sent_ns <= sent[0] < sent[1] <= first <= sent[2] <= last <= done <= exchange.end_ns
-    record = make_record("hf", REQUEST, exchange, "measured")
+    record = record_of(exchange)
+    assert record.stamp_source == stamps
     assert record.chunk_ns == [first, last]
     assert record.ttft_seconds == (first - exchange.sent_ns) / 1e9
+
+
+@pytest.mark.parametrize("stamps", ["kernel", "user"])
+def test_only_the_kernel_stamps_right_while_this_process_is_busy(
+    serve: Serve, connect: Connect, stamps: Stamps
+) -> None:
+    sent: list[int] = []
+
+    def send(connection: socket.socket) -> None:
+        pause(connection)
+        sent.append(time.monotonic_ns())
+        connection.sendall(answer(STREAM))
+
+    connection = connect(serve([[send]]).url, receiver=Receiver(stamps))
+    gevent.spawn_later(0.02, time.sleep, 0.4)  # blocks the loop, which a cooperative sleep would not
+    exchange = post(connection)
+    late = (next(exchange.events())[0] - sent[0]) / 1e9
+    assert 0 <= late < 0.05 if stamps == "kernel" else late > 0.2
+
+
+def test_a_wall_clock_that_is_set_does_not_move_stamps(
+    serve: Serve, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    receiver = Receiver("kernel")
+    wall_ns = time.time_ns
+    monkeypatch.setattr("loadtest.client.receiver.time.time_ns", lambda: wall_ns() + 3600 * 10**9)
+    exchange = post(connect(serve([[answer(STREAM)]]).url, receiver=receiver))
+    assert exchange.sent_ns <= next(exchange.events())[0] <= exchange.end_ns
+    assert exchange.clock == "user"
 
 
 def test_every_stamp_is_taken_with_the_clock_that_was_given(serve: Serve, connect: Connect) -> None:
     server = serve([[head(), *(bytes([byte]) for byte in chunked(FIRST, LAST))]], [[hang_up]])
     ticks = itertools.count(1000, 1000)
-    connection = connect(server.url, clock=lambda: next(ticks))
+    connection = connect(server.url, receiver=Receiver("user", clock=lambda: next(ticks)))
     exchanges = [post(connection), post(connection)]
     stamps = [
         stamp
         for exchange in exchanges
-        for stamp in (exchange.sent_ns, *(at for at, _ in exchange.pieces), exchange.end_ns)
+        for stamp in (exchange.sent_ns, *(at for at, _ in exchange.answer.pieces), exchange.end_ns)
     ]
     assert stamps == sorted(stamps)
     assert all(stamp % 1000 == 0 and stamp < next(ticks) for stamp in stamps)
@@ -397,11 +436,166 @@ def test_every_stamp_is_taken_with_the_clock_that_was_given(serve: Serve, connec
 
 def test_events_carry_the_stamp_of_the_piece_that_completed_them() -> None:
     pieces = [(10, b"data: a"), (20, b"\n\ndata: b\n\nda"), (30, b"ta: c\n"), (40, b"\n")]
-    assert list(Exchange(0, pieces=pieces).events()) == [(20, b"a"), (20, b"b"), (40, b"c")]
+    assert list(Exchange(0, answer=Read(pieces=pieces)).events()) == [(20, b"a"), (20, b"b"), (40, b"c")]
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(0, len(STREAM)), max_size=12), st.sampled_from([b"\n", b"\r\n"]))
+def test_events_are_the_same_however_the_stream_is_cut(places: list[int], ending: bytes) -> None:
+    stream = STREAM.replace(b"\n", ending)
+    borders = [0, *sorted(places), len(stream)]
+    pieces = [(number, stream[begin:end]) for number, (begin, end) in enumerate(itertools.pairwise(borders))]
+    events = list(Exchange(0, answer=Read(pieces=pieces)).events())
+    assert [data for _, data in events] == [data for _, data in Exchange(0, answer=Read(pieces=[(0, STREAM)])).events()]
+    for stamp, data in events:
+        end = stream.index(data) + len(data) + 2 * len(ending)
+        assert borders[stamp] < end <= borders[stamp + 1]
+
+
+@pytest.mark.parametrize("pieces", [1, 7], ids=["at once", "in pieces"])
+def test_a_packed_stream_that_was_not_asked_for_is_read_all_the_same(
+    serve: Serve, connect: Connect, pieces: int
+) -> None:
+    packed = gzip.compress(STREAM)
+    size = -(-len(packed) // pieces)
+    cut = [packed[at : at + size] for at in range(0, len(packed), size)]
+    server = serve([[head(more="Content-Encoding: gzip\r\n") + chunked(*cut)]])
+    record = record_of(post(connect(server.url)))
+    assert (record.error, record.output_tokens) == (None, 2)
+
+
+def test_a_stream_that_only_claims_to_be_packed_is_malformed(serve: Serve, connect: Connect) -> None:
+    server = serve([[head(more="Content-Encoding: gzip\r\n") + chunked(STREAM)]])
+    assert record_of(post(connect(server.url))).error == "malformed"
+
+
+def test_a_huge_event_is_read_and_an_endless_answer_is_not(
+    serve: Serve, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    huge = FIRST.replace(b'"a"', b'"' + b"a" * 3_000_000 + b'"') + LAST
+    assert record_of(post(connect(serve([[answer(huge)]]).url))).output_tokens == 2
+    monkeypatch.setattr("loadtest.client.http.MAX_ANSWER_BYTES", 1_000_000)
+    record = record_of(post(connect(serve([[answer(huge)]]).url)))
+    assert record.error == "malformed"
+    assert "larger than" in str(record.error_detail)
+
+
+def test_a_stream_without_a_byte_for_too_long_is_a_timeout_before_the_deadline(serve: Serve, connect: Connect) -> None:
+    server = serve([[]])
+    server.scripts[0][0] = [head() + chunked(FIRST)[:-5], pause, b"3\r\n:x\n\r\n", server.wait]
+    begun = time.monotonic_ns()
+    exchange = post(connect(server.url, timeout=30, token_timeout=0.2))
+    assert exchange.error == "timeout"
+    assert "0.2 s" in str(exchange.error_detail)
+    assert 0.25e9 <= exchange.end_ns - begun < 3e9
+
+
+def test_a_refusal_before_the_request_was_read_is_seen(serve: Serve, connect: Connect) -> None:
+    """A server that has read enough of a request refuses it, and does not read the rest."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def refuse() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(1000)
+                connection.sendall(answer(b"too long", "413 Content Too Large", "text/plain", "Connection: close\r\n"))
+                connection.shutdown(socket.SHUT_WR)
+                while connection.recv(65536):
+                    pass
+
+        thread = threading.Thread(target=refuse)
+        thread.start()
+        connection = connect(f"http://127.0.0.1:{listener.getsockname()[1]}")
+        exchange = connection.post("/v1/completions", {"prompt": "x" * 20_000_000})
+        thread.join(5)
+    assert (exchange.status, exchange.answer.body) == (413, b"too long")
+
+
+def test_a_greenlet_that_is_killed_while_it_waits_leaves_what_had_come(serve: Serve, connect: Connect) -> None:
+    server = serve([[]], [[answer(STREAM)]])
+    server.scripts[0][0] = [head() + chunked(FIRST)[:-5], server.wait]
+    connection = connect(server.url)
+    waiting = gevent.spawn(post, connection)
+    gevent.sleep(0.2)
+    waiting.kill()
+    assert waiting.value
+    record = record_of(waiting.value)
+    assert (record.error, record.chunk_tokens) == ("cancelled", [1])
+    server.stop.set()
+    assert record_of(post(connection)).error is None
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file with the key and the certificate of 127.0.0.1, signed by itself."""
+    path = tmp_path_factory.mktemp("tls") / "both.pem"
+    command = (
+        "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=127.0.0.1 -addext subjectAltName=IP:127.0.0.1"
+    )
+    subprocess.run([*command.split(), "-keyout", path, "-out", path.with_name("crt")], check=True, capture_output=True)
+    path.write_bytes(path.read_bytes() + path.with_name("crt").read_bytes())
+    return path
+
+
+@pytest.fixture
+def encrypt(certificate: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Server], Server]:
+    """Makes a server speak TLS with a certificate that clients trust."""
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate.with_name("crt")))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate)
+
+    def encrypt(server: Server) -> Server:
+        server.tls, server.url = context, server.url.replace("http:", "https:")
+        return server
+
+    return encrypt
+
+
+def test_tls_gives_the_same_answers_with_the_kernels_stamps(
+    serve: Serve, connect: Connect, encrypt: Callable[[Server], Server]
+) -> None:
+    byte_by_byte = [bytes([byte]) for byte in answer(STREAM)]
+    server = encrypt(serve([[answer(STREAM)], byte_by_byte, [answer(b"x" * 200_000)]]))
+    connection = connect(server.url)
+    first, second, long = (post(connection) for _ in range(3))
+    assert [one.answer.body for one in (first, second, long)] == [STREAM, STREAM, b"x" * 200_000]
+    assert {number for number, _ in server.requests} == {0}  # one connection
+    assert first.clock == "kernel"
+    assert first.sent_ns <= next(first.events())[0] <= first.end_ns
+
+
+@pytest.mark.parametrize(
+    ("steps", "kind"), [([hang_up], "reset"), ([head() + chunked(FIRST)[:-5], hang_up], "truncated")]
+)
+def test_tls_connections_break_as_others_do(
+    serve: Serve, connect: Connect, encrypt: Callable[[Server], Server], steps: Answer, kind: ErrorKind
+) -> None:
+    server = encrypt(serve([steps]))
+    assert record_of(post(connect(server.url))).error == kind
+
+
+def test_a_certificate_that_nobody_signed_is_a_connect_error(
+    serve: Serve, connect: Connect, encrypt: Callable[[Server], Server], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = encrypt(serve([[answer(STREAM)]]))
+    monkeypatch.delenv("SSL_CERT_FILE")
+    exchange = post(connect(server.url))
+    assert exchange.error == "connect"
+    assert "certificate" in str(exchange.error_detail).lower()
+
+
+def test_the_key_of_a_server_is_sent_as_a_header(serve: Serve) -> None:
+    server = serve([[answer(STREAM)]])
+    receiver = Receiver()
+    connection = Connection(server.url, receiver, 5, headers={"Authorization": "Bearer secret"})
+    post(connection)
+    connection.close()
+    receiver.close()
+    assert b"\r\nAuthorization: Bearer secret\r\n" in server.requests[0][1]
 
 
 @pytest.mark.parametrize("url", ["127.0.0.1:8000", "ftp://host", "http://", "http://:80", "/v1"])
 def test_a_url_that_names_no_server_is_refused_with_what_is_expected(url: str) -> None:
     with pytest.raises(ValueError, match=r"expected http://HOST\[:PORT\] or https://HOST\[:PORT\]") as refused:
-        Connection(url, 1)
+        Connection(url, Receiver(), 1)
     assert repr(url) in str(refused.value)

@@ -3,11 +3,11 @@
 Chunks are not tokens: tokens are counted from the server's usage or from token ids, never by counting chunks.
 """
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from operator import index
 from typing import Any
+
+import msgspec
 
 from loadtest.records import ErrorKind, TokenSource
 
@@ -26,21 +26,65 @@ class Output:
     error_detail: str | None = None
 
 
+class Usage(msgspec.Struct):
+    """Tokens so far."""
+
+    prompt_tokens: int
+    completion_tokens: int
+
+
+class Delta(msgspec.Struct):
+    """What a chunk of a chat adds; any of it is output."""
+
+    content: Any = None
+    reasoning: Any = None
+    reasoning_content: Any = None
+    tool_calls: Any = None
+    refusal: Any = None
+
+    def holds_output(self) -> bool:
+        """Whether there is any."""
+        return bool(self.content or self.reasoning or self.reasoning_content or self.tool_calls or self.refusal)
+
+
+class Choice(msgspec.Struct):
+    """One output's part of a chunk: of a completion (text) or of a chat (delta)."""
+
+    text: Any = None
+    delta: Delta | None = None
+    finish_reason: str | None = None
+    token_ids: list[int] | None = None
+
+
+class Chunk(msgspec.Struct):
+    """The fields of an event that matter here; those of other names are skipped."""
+
+    choices: list[Choice] | None = None
+    usage: Usage | None = None
+    error: Any = None
+
+
+decode = msgspec.json.Decoder(Chunk).decode
+
+
 def read_stream(events: Iterable[tuple[int, bytes]], max_tokens: int) -> Output:
     """Read (stamp in ns, data) events of a completion or chat stream; never raises: what is wrong is in `error`."""
     out = Output()
     counted = _Count()
     done = False
     for stamp, data in events:
-        if data.strip() == b"[DONE]":
+        if data.startswith(b"[DONE]"):
             done = True
             continue
         try:
-            _read_chunk(out, counted, stamp, json.loads(data))
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+            chunk = decode(data)
+        except (ValueError, RecursionError) as error:
             out.error, out.error_detail = "malformed", f"{type(error).__name__}: {error}: {data[:200]!r}"
-        if out.error:
             return out
+        if chunk.error:
+            out.error, out.error_detail = "sse_error", msgspec.json.encode(chunk.error).decode()[:500]
+            return out
+        _read_chunk(out, counted, stamp, chunk)
     if out.finish_reason is None and not (done and out.chunk_ns):
         out.error, out.error_detail = "truncated", "the stream ended without its last token"
         return out
@@ -48,7 +92,21 @@ def read_stream(events: Iterable[tuple[int, bytes]], max_tokens: int) -> Output:
     return out
 
 
-@dataclass
+def read_answer(events: Iterable[tuple[int, bytes]]) -> str | list[int]:
+    """What a stream says as far as it can be read: its token ids where it has them, else its text."""
+    ids: list[int] = []
+    text = ""
+    for _, data in events:
+        try:
+            choice = (decode(data).choices or [Choice()])[0]
+        except (ValueError, RecursionError):  # also the end, which is no JSON
+            continue
+        ids += choice.token_ids or []
+        text += str(choice.text or (choice.delta and choice.delta.content) or "")
+    return ids or text
+
+
+@dataclass(slots=True)
 class _Count:
     """Tokens counted so far, by each source; None where the source is silent."""
 
@@ -57,36 +115,29 @@ class _Count:
     per_chunk: bool = True
 
 
-def _read_chunk(out: Output, counted: _Count, stamp: int, chunk: dict[str, Any]) -> None:
-    if chunk.get("error"):
-        out.error, out.error_detail = "sse_error", json.dumps(chunk["error"])[:500]
-        return
-    usage = chunk.get("usage")
-    before = counted.usage or 0
+def _read_chunk(out: Output, counted: _Count, stamp: int, chunk: Chunk) -> None:
+    usage, before = chunk.usage, counted.usage or 0
     if usage:
-        out.prompt_tokens, counted.usage = index(usage["prompt_tokens"]), index(usage["completion_tokens"])
-    if not chunk.get("choices"):
+        out.prompt_tokens, counted.usage = usage.prompt_tokens, usage.completion_tokens
+    if not chunk.choices:
         return
-    choice = chunk["choices"][0]
-    out.finish_reason = choice.get("finish_reason") or out.finish_reason
-    ids = choice.get("token_ids")
+    choice = chunk.choices[0]
+    if choice.finish_reason:
+        out.finish_reason = choice.finish_reason
+    ids = choice.token_ids
     if ids is not None:
         counted.ids = (counted.ids or 0) + len(ids)
     if usage and counted.per_chunk:
-        tokens = usage["completion_tokens"] - before
+        tokens = usage.completion_tokens - before
     elif ids is not None:
         tokens = len(ids)
     else:
         # The server does not say: a chunk with text holds at least one token, and how many stays unknown.
-        tokens = 1 if choice.get("text") or _delta_holds_output(choice.get("delta") or {}) else 0
+        tokens = 1 if choice.text or (choice.delta and choice.delta.holds_output()) else 0
         counted.per_chunk = counted.per_chunk and not tokens
     if tokens > 0:
         out.chunk_ns.append(stamp)
         out.chunk_tokens.append(tokens)
-
-
-def _delta_holds_output(delta: dict[str, Any]) -> bool:
-    return any(delta.get(key) for key in ("content", "reasoning", "reasoning_content", "tool_calls", "refusal"))
 
 
 def _settle_count(out: Output, counted: _Count, max_tokens: int) -> None:

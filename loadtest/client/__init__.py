@@ -1,0 +1,1 @@
+"""One streaming HTTP client: bytes in, stamped; events and tokens out."""

@@ -1,0 +1,199 @@
+"""Receives the answers of all connections of a process: it only receives and stamps; reading them is done later.
+
+One greenlet waits for all sockets at once (epoll). Linux stamps the data of a TCP segment when it arrives, so stamps
+stay right when this process is late; elsewhere the stamp is that of the reading.
+"""
+
+import select
+import socket
+import struct
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import gevent
+from gevent import monkey
+from gevent.event import Event
+
+from loadtest.client.http import Answer
+from loadtest.client.tls import Tls
+
+Clock = Literal["kernel", "user"]
+Stamps = Literal["auto", "kernel", "user"]
+
+RECEIVE_BYTES = 16 * 1024
+# The number of SO_TIMESTAMPNS, which the socket module lacks: asm-generic/socket.h, as on x86-64 and arm64.
+SO_TIMESTAMPNS = 35
+TIMESPEC = struct.Struct("@ll")
+ANCILLARY_BYTES = socket.CMSG_SPACE(TIMESPEC.size) if hasattr(socket, "CMSG_SPACE") else 0
+# gevent takes it away from programs, because it blocks; here it is only asked for what is there.
+Epoll = monkey.get_original("select", "epoll")
+# While that many answers stream, data is left to gather for this long: it is stamped already, and each waking up costs
+# as much as the reading of several segments.
+GATHER_STREAMS, GATHER_SECONDS = 64, 0.002
+SWEEP_SECONDS = 0.05
+# A wall clock that moved by more between two readings was set.
+CLOCK_WAS_SET_NS = 1_000_000
+# Clocks that are read within this time are read at once.
+TOGETHER_NS = 20_000
+
+
+@dataclass(slots=True, eq=False)
+class Stream:
+    """An answer that is being received; `done` is set at its end, `failure` says why that was not its last byte.
+
+    It fails at `deadline_ns`, or when nothing has come for `patience_ns`; 0: no such limit.
+    """
+
+    sock: socket.socket
+    answer: Answer
+    deadline_ns: int
+    patience_ns: int
+    last_ns: int
+    tls: Tls | None = None
+    clock: Clock = "kernel"
+    failure: Exception | None = None
+    done: Event = field(default_factory=Event)
+
+
+class Receiver:
+    """Receives for all connections of a process; `clock` gives CLOCK_MONOTONIC ns.
+
+    `stamps` says where the time of a piece of data comes from: the kernel, this process, or auto: the kernel where it
+    can. Raises ValueError when the kernel is asked for and cannot.
+    """
+
+    def __init__(self, stamps: Stamps = "auto", clock: Callable[[], int] = time.monotonic_ns):
+        if stamps == "kernel" and not kernel_stamps():
+            raise ValueError("stamps: 'kernel': this system does not stamp received data; use auto or user")
+        self.clock = clock
+        self.kernel = stamps != "user" and kernel_stamps()
+        self._streams: dict[int, Stream] = {}
+        self._epoll = Epoll()
+        self._wall_offset_ns = time.time_ns() - clock()
+        # The kernel begins to stamp when the first socket asks for it: not in the middle of a first answer.
+        self._first = _stamped(socket.socket()) if self.kernel else None
+        # Their callbacks run in gevent's loop itself: no switch to a greenlet for each piece of data.
+        loop = gevent.get_hub().loop
+        self._readable = loop.io(self._epoll.fileno(), 1)
+        self._gather = loop.timer(GATHER_SECONDS, GATHER_SECONDS)
+        self._sweep = loop.timer(SWEEP_SECONDS, SWEEP_SECONDS)
+        self._wait: Any = None  # the one of the first two that is on
+
+    def prepare(self, sock: socket.socket) -> None:
+        """Make a connected socket ready: not blocking, stamped."""
+        sock.setblocking(False)
+        if self.kernel:
+            _stamped(sock)
+
+    def receive(self, stream: Stream) -> None:
+        """Wait for the end of a stream; its answer is whole then, or it has a failure."""
+        descriptor = stream.sock.fileno()
+        self._streams[descriptor] = stream
+        self._epoll.register(descriptor, select.EPOLLIN)
+        self._choose_wait()
+        try:
+            stream.done.wait()
+        finally:
+            if not stream.done.is_set():  # the wait was given up
+                self._forget(stream)
+
+    def close(self) -> None:
+        """Give back what the system lent; no stream may be left."""
+        for watcher in (self._readable, self._gather, self._sweep):
+            watcher.stop()
+            watcher.close()
+        self._epoll.close()
+        if self._first:
+            self._first.close()
+
+    def _choose_wait(self) -> None:
+        """Wait for the next piece of data, or for some to gather, or not at all."""
+        number = len(self._streams)
+        wait = None if not number else self._gather if self.kernel and number >= GATHER_STREAMS else self._readable
+        if wait is self._wait:
+            return
+        for watcher in (self._readable, self._gather, self._sweep):
+            watcher.stop()
+        if wait:
+            wait.start(self._receive_all)
+            self._sweep.start(self._end_late)
+        self._wait = wait
+
+    def _receive_all(self) -> None:
+        streams, offset_ns = self._streams, self._wall_offset()
+        for descriptor, _ in self._epoll.poll(0):
+            stream = streams[descriptor]
+            answer = stream.answer
+            try:
+                data, ancillary, _, _ = stream.sock.recvmsg(RECEIVE_BYTES, ANCILLARY_BYTES)
+                if ancillary and offset_ns is not None:
+                    seconds, ns = TIMESPEC.unpack(ancillary[0][2])
+                    stream.last_ns = seconds * 1_000_000_000 + ns - offset_ns
+                else:
+                    stream.last_ns, stream.clock = self.clock(), "user"
+                if stream.tls and data:
+                    data = stream.tls.decrypt(data)
+                    if not data:
+                        continue
+                if not data:
+                    answer.end()
+                elif answer.take(stream.last_ns, data):
+                    answer.read()
+                    if not answer.complete:
+                        continue
+                else:
+                    continue
+            except BlockingIOError:
+                continue
+            except (OSError, ValueError) as error:
+                stream.failure = error
+            self._forget(stream)
+            stream.done.set()
+
+    def _wall_offset(self) -> int | None:
+        """Wall time, which the kernel's stamps are, less our clock (ns); None without them or if it was just set."""
+        if not self.kernel:
+            return None
+        before_ns, wall_ns, after_ns = self.clock(), time.time_ns(), self.clock()
+        if after_ns - before_ns > TOGETHER_NS:
+            return self._wall_offset_ns  # something came in between: it is not known better than before
+        offset_ns = wall_ns - (before_ns + after_ns) // 2
+        was_set = abs(offset_ns - self._wall_offset_ns) > CLOCK_WAS_SET_NS
+        self._wall_offset_ns = offset_ns
+        return None if was_set else offset_ns
+
+    def _end_late(self) -> None:
+        """End the streams whose time is up."""
+        now_ns = self.clock()
+        for stream in list(self._streams.values()):
+            if now_ns >= stream.deadline_ns:
+                stream.failure = TimeoutError("no last token until the deadline")
+            elif stream.patience_ns and now_ns - stream.last_ns >= stream.patience_ns:
+                stream.failure = TimeoutError(f"nothing came for {stream.patience_ns / 1e9:g} s")
+            else:
+                continue
+            self._forget(stream)
+            stream.done.set()
+
+    def _forget(self, stream: Stream) -> None:
+        descriptor = stream.sock.fileno()
+        del self._streams[descriptor]
+        self._epoll.unregister(descriptor)
+        self._choose_wait()
+
+
+def kernel_stamps() -> bool:
+    """Tell whether this system stamps received data."""
+    try:
+        with socket.socket() as sock:
+            _stamped(sock)
+    except OSError:
+        return False
+    return bool(ANCILLARY_BYTES) and time.get_clock_info("time").resolution <= 1e-6
+
+
+def _stamped(sock: socket.socket) -> socket.socket:
+    sock.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
+    return sock

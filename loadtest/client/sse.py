@@ -1,0 +1,44 @@
+"""Server-sent events from bytes, without I/O (https://html.spec.whatwg.org/multipage/server-sent-events.html)."""
+
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
+
+
+def read_events(stream: bytes) -> Iterator[tuple[int, bytes]]:
+    """Yield the data of each event of a stream, and the number of bytes up to the event's end.
+
+    Comments, other fields, events without data and a last event without its empty line are dropped; lines end with LF,
+    CRLF or CR.
+    """
+    if b"\r" in stream:
+        yield from _read_lines(stream, 0)
+        return
+    end = 0
+    for block in stream.split(b"\n\n"):
+        begin, end = end, end + len(block) + 2
+        if end > len(stream):
+            return  # the rest
+        if block.startswith(b"data: ") and b"\n" not in block:
+            yield end, block[6:]
+        else:
+            yield from _read_lines(block + b"\n\n", begin)
+
+
+def read_pieces(pieces: Sequence[tuple[int, bytes]]) -> Iterator[tuple[int, bytes]]:
+    """Yield the data of each event of a stream that came in pieces, with the stamp of the piece that held its end."""
+    ends = list(accumulate(len(piece) for _, piece in pieces))
+    for end, data in read_events(b"".join(piece for _, piece in pieces)):
+        yield pieces[bisect_left(ends, end)][0], data
+
+
+def _read_lines(stream: bytes, end: int) -> Iterator[tuple[int, bytes]]:
+    values: list[bytes] = []
+    for line in stream.splitlines(keepends=True):
+        end += len(line)
+        name, _, value = line.rstrip(b"\r\n").partition(b":")
+        if name == b"data" and line.endswith((b"\n", b"\r")):
+            values.append(value.removeprefix(b" "))
+        elif line in (b"\n", b"\r\n", b"\r") and values:
+            yield end, b"\n".join(values)
+            values = []

@@ -1,0 +1,89 @@
+"""What the load generator measures of itself, and whether its figures can be believed."""
+
+import os
+import time
+
+import gevent
+
+LAG_PROBE_SECONDS = 0.005
+
+
+def go_first() -> bool:
+    """Ask Linux to run this thread before others; False where it may not (root or CAP_SYS_NICE may).
+
+    vLLM's processes spin with sched_yield while they wait for each other. With few cores that delays a normal client by
+    hundreds of milliseconds, which would be reported as the server's latency.
+    """
+    if not hasattr(os, "sched_setscheduler"):
+        return False
+    try:
+        os.sched_setscheduler(0, os.SCHED_RR | os.SCHED_RESET_ON_FORK, os.sched_param(1))
+    except PermissionError:
+        return False
+    return True
+
+
+class SelfCheck:
+    """Measures this process's CPU share, its event loop's lag and its send lateness, from `begin` to `finish`."""
+
+    def __init__(self) -> None:
+        self._goes_first = go_first()
+        self._probe = gevent.spawn(self._watch)
+        self._report: dict[str, object] = {}
+        self.begin()
+
+    def begin(self) -> None:
+        """Forget what was measured so far: the warm-up."""
+        self._lags: list[float] = []
+        self._late: list[float] = []
+        self._started = self._recent_started = time.monotonic()
+        self._cpu = self._recent_cpu = time.process_time()
+        self._recent_lags = 0
+
+    def sent(self, late_seconds: float | None) -> None:
+        """Count how late a request was sent; None in a closed loop, where nothing can be late."""
+        if late_seconds is not None:
+            self._late.append(late_seconds)
+
+    def recent(self) -> tuple[float, float]:
+        """CPU share of one core, and p99 of the loop's lag in seconds, since the last call."""
+        now, cpu = time.monotonic(), time.process_time()
+        share = (cpu - self._recent_cpu) / max(1e-9, now - self._recent_started)
+        lags = sorted(self._lags[self._recent_lags :]) or [0.0]
+        self._recent_started, self._recent_cpu, self._recent_lags = now, cpu, len(self._lags)
+        return share, lags[int(len(lags) * 0.99)]
+
+    def finish(self) -> dict[str, object]:
+        """CPU share (0..1 of a core), and lag and lateness in seconds at p50, p99 and most; lateness None: closed loop.
+
+        What comes after the first call is not measured.
+        """
+        if self._report:
+            return self._report
+        self._probe.kill()
+        wall = time.monotonic() - self._started
+        self._report = {
+            "pid": os.getpid(),
+            "wall_seconds": wall,
+            "goes_first": self._goes_first,
+            "cpu_share": (time.process_time() - self._cpu) / wall,
+            **_quantiles("loop_lag", sorted(self._lags) or [0.0]),
+            **_quantiles("send_lateness", sorted(self._late)),
+        }
+        return self._report
+
+    def _watch(self) -> None:
+        due = time.monotonic()
+        while True:
+            due += LAG_PROBE_SECONDS
+            gevent.sleep(max(0.0, due - time.monotonic()))
+            # One lag for each time that a stall has missed, so that a long one counts for as long as it was.
+            while (now := time.monotonic()) >= due:
+                self._lags.append(now - due)
+                due += LAG_PROBE_SECONDS
+            due -= LAG_PROBE_SECONDS
+
+
+def _quantiles(name: str, values: list[float]) -> dict[str, float | None]:
+    places = {"p50": len(values) // 2, "p99": int(len(values) * 0.99), "max": len(values) - 1}
+    return {f"{name}_{place}_seconds": values[at] if values else None for place, at in places.items()}

@@ -1,0 +1,73 @@
+"""Server-sent events from the bytes of a whole stream."""
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from loadtest.client.sse import read_events
+
+STREAM = "data: é€😀\n\n: comment\n\nevent: x\ndata: one\ndata:two\n\ndata: [DONE]\n\n"
+STREAM_EVENTS = ["é€😀", "one\ntwo", "[DONE]"]
+
+LINES = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\r\n"), max_size=6)
+
+
+def decode(stream: bytes) -> list[str]:
+    return [data.decode() for _, data in read_events(stream)]
+
+
+@st.composite
+def blocks(draw: st.DrawFn) -> tuple[list[str], list[str]]:
+    """The lines of one block, and the events that they make."""
+    lines = draw(st.lists(LINES, min_size=1, max_size=3))
+    kind = draw(st.sampled_from(["data: ", "data:", ": ", "event: ", "retry: "]))
+    if not kind.startswith("data"):
+        return [kind + line for line in lines], []
+    values = lines if kind == "data: " else [line.removeprefix(" ") for line in lines]
+    return [kind + line for line in lines], ["\n".join(values)]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(blocks(), max_size=5), st.sampled_from(["\n", "\r\n", "\r"]))
+@example([(["data: €"], ["€"])], "\r\n")
+def test_a_stream_holds_its_blocks_whatever_ends_its_lines(
+    parts: list[tuple[list[str], list[str]]], ending: str
+) -> None:
+    lines = [line for block, _ in parts for line in (*block, "")]
+    expected = [event for _, events in parts for event in events]
+    assert decode("".join(line + ending for line in lines).encode()) == expected
+
+
+def test_line_endings_may_be_mixed() -> None:
+    assert decode(b"data: a\r\n\ndata: b\n\r\ndata: c\r\r") == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("ending", ["\n", "\r\n", "\r"])
+def test_an_event_ends_with_the_last_byte_of_its_empty_line(ending: str) -> None:
+    stream = STREAM.replace("\n", ending).encode()
+    assert decode(stream) == STREAM_EVENTS
+    for number, (end, data) in enumerate(read_events(stream), 1):
+        assert [one for _, one in read_events(stream[:end])][-1] == data
+        before_its_empty_line = stream[: end - len(ending)]
+        assert len(list(read_events(before_its_empty_line))) == number - 1
+
+
+def test_an_event_without_its_empty_line_is_not_given() -> None:
+    assert decode(b"data: whole\n\ndata: half\n") == ["whole"]
+
+
+# The examples of https://html.spec.whatwg.org/multipage/server-sent-events.html#event-stream-interpretation
+@pytest.mark.parametrize(
+    ("stream", "events"),
+    [
+        ("data: YHOO\ndata: +2\ndata: 10\n\n", ["YHOO\n+2\n10"]),
+        (
+            ": test stream\n\ndata: first event\nid: 1\n\ndata:second event\nid\n\ndata:  third event\n\n",
+            ["first event", "second event", " third event"],
+        ),
+        ("data\n\ndata\ndata\n\ndata:", ["", "\n"]),
+        ("data:test\n\ndata: test\n\n", ["test", "test"]),
+    ],
+)
+def test_the_examples_of_the_standard_are_read_as_it_says(stream: str, events: list[str]) -> None:
+    assert decode(stream.encode()) == events

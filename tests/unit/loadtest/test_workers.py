@@ -1,0 +1,165 @@
+"""A run over several of Locust's processes, each a process of its own as in production."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loadtest.records import Record, count, read
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    """URL of a reference server: first token after 20 ms, the next ones 10 ms apart."""
+    command = [sys.executable, "-m", "loadtest.reference", "--port", "0", "--ttft", "0.02", "--itl", "0.01"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        yield process.stdout.readline().split()[-1]
+        process.terminate()
+
+
+class Fleet:
+    """A master and its workers in a folder."""
+
+    def __init__(self, folder: Path, url: str, workers: int, options: str, stack: ExitStack):
+        self.folder = folder
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            port = listener.getsockname()[1]
+        # A lost worker is noticed after this many seconds without a sign of life.
+        environment = {"LOCUST_HEARTBEAT_LIVENESS": "2"}
+        fixed = f"--headless --only-summary --model m --records records.arrow --hf-url {url} --vllm-url {url}"
+        self.master = self._start(
+            f"{fixed} {options} --master --master-bind-port {port} --expect-workers {workers}", environment, stack
+        )
+        self.workers = [self._start(f"--worker --master-port {port}", {}, stack) for _ in range(workers)]
+
+    def _start(self, arguments: str, more: dict[str, str], stack: ExitStack) -> "subprocess.Popen[str]":
+        ours = {key: value for key, value in os.environ.items() if not key.startswith(("HEADROOM_", "LOCUST_"))}
+        process = subprocess.Popen(
+            [sys.executable, "-m", "locust", "-f", str(ROOT / "loadtest" / "locustfile.py"), *arguments.split()],
+            cwd=self.folder,
+            env={**ours, **more, "PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        stack.callback(process.communicate)
+        stack.callback(process.kill)
+        return process
+
+    def ended(self) -> tuple[int, str]:
+        """Exit code and output of the master, once it has ended."""
+        output, _ = self.master.communicate(timeout=60)
+        return self.master.returncode, output
+
+    def wait_for_records(self, number: int) -> None:
+        deadline = time.monotonic() + 30
+        path = self.folder / "records.arrow"
+        while not path.exists() or count(path) < number:
+            assert self.master.poll() is None, self.master.communicate()[0]
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+    def records(self) -> list[Record]:
+        return list(read(self.folder / "records.arrow"))
+
+    def client(self) -> dict[str, Any]:
+        kept: dict[str, Any] = json.loads((self.folder / "client.json").read_text())
+        return kept
+
+
+Deploy = Callable[..., Fleet]
+
+
+@pytest.fixture
+def deploy(tmp_path: Path, server: str) -> Iterator[Deploy]:
+    with ExitStack() as stack:
+        yield lambda workers, options: Fleet(tmp_path, server, workers, options, stack)
+
+
+@pytest.mark.parametrize("workers", [2, 4])
+def test_workers_send_every_request_once_and_leave_one_file(deploy: Deploy, workers: int) -> None:
+    # Fewer users than workers for a while: they come one by one.
+    fleet = deploy(workers, f"--users {workers} --spawn-rate 4 --warmup 3 --requests 50 --output-mean 5 HF")
+    code, output = fleet.ended()
+    assert code == 0, output
+    records = fleet.records()
+    assert sorted(record.index for record in records) == list(range(53))
+    assert all(record.worker == record.index % workers for record in records)
+    assert {(record.error, record.target) for record in records} == {(None, "hf")}
+    assert Counter(record.phase for record in records) == {"warmup": 3, "measured": 50}
+    client = fleet.client()
+    assert client["lost_workers"] == []
+    assert client["valid"] is not bool(client["reasons"])  # on a busy machine the workers may have been late
+    assert client["requests_ended"] == {"hf": 53}
+    assert sorted(process["worker"] for process in client["processes"]) == list(range(workers))
+
+
+def test_the_whole_of_the_workers_is_one_evenly_spaced_process(deploy: Deploy) -> None:
+    fleet = deploy(2, "--arrival constant --rate 40 --requests 60 --output-mean 5 HF VLLM")
+    code, output = fleet.ended()
+    assert code == 0, output
+    for target in ("hf", "vllm"):
+        own = sorted((record for record in fleet.records() if record.target == target), key=lambda one: one.index)
+        assert [record.index for record in own] == list(range(60))
+        times = [record.scheduled_ns or 0 for record in own]
+        assert [later - earlier for earlier, later in pairwise(times)] == [25_000_000] * 59
+        assert {record.worker for record in own} == {0, 1}
+        assert all(record.sent_ns >= time_ns for record, time_ns in zip(own, times, strict=True))
+    assert fleet.client()["send_lateness_p99_seconds"] < 0.5
+
+
+def test_a_killed_worker_is_named_its_records_are_kept_and_the_exit_code_is_4(deploy: Deploy) -> None:
+    fleet = deploy(2, "--arrival constant --rate 20 --duration 6 --output-mean 5 HF")
+    fleet.wait_for_records(40)
+    killed_ns = time.monotonic_ns()
+    fleet.workers[0].kill()
+    code, output = fleet.ended()
+    assert code == 4, output
+    client = fleet.client()
+    (lost,) = client["lost_workers"]
+    assert f"lost: worker {lost}" in output
+    assert not client["valid"]
+    assert any("workers were lost" in reason for reason in client["reasons"])
+    records = fleet.records()
+    by_worker = Counter(record.worker for record in records)
+    assert by_worker[1 - lost] == 60
+    # But for the last second, in which it also had requests in flight.
+    due = sum(record.end_ns < killed_ns - 10**9 for record in records if record.worker == 1 - lost)
+    assert by_worker[lost] >= due - 2
+
+
+def test_a_run_that_is_stopped_keeps_the_last_records_of_its_workers(deploy: Deploy) -> None:
+    fleet = deploy(2, "--users 4 --spawn-rate 9 --output-mean 200 --timeout 60 HF")
+    fleet.wait_for_records(2)
+    fleet.master.send_signal(signal.SIGTERM)
+    _, output = fleet.ended()
+    assert "Traceback" not in output
+    errors = Counter(record.error for record in fleet.records())
+    assert errors["cancelled"] == 4
+    assert errors.keys() == {None, "cancelled"}
+    assert sum(fleet.client()["requests_ended"].values()) == errors.total()
+
+
+def test_records_that_cannot_be_kept_end_the_run_on_all_workers(deploy: Deploy, tmp_path: Path) -> None:
+    (tmp_path / "records.arrow").write_text("not ours")
+    fleet = deploy(2, "--users 2 --requests 50 HF")
+    code, output = fleet.ended()
+    assert code == 3
+    assert "its records cannot be kept" in output
+    assert (tmp_path / "records.arrow").read_text() == "not ours"
+    for worker in fleet.workers:
+        worker.wait(20)
