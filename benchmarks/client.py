@@ -10,18 +10,17 @@ import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from resource import RLIMIT_NOFILE, getrlimit, setrlimit
 from statistics import median
 
-from benchmarks.peers import ARRIVAL_SECONDS
 from benchmarks.peers.drivers import CLIENTS, Load, UnavailableError
-from benchmarks.peers.probe import LATENESS_LIMIT, TRIES, Probe, Session, stamps
+from benchmarks.peers.probe import TRIES, Session
 from experiment.environment import describe
+from loadtest.reference.probe import ARRIVAL_SECONDS, LATENESS_LIMIT, Probe, reference, stamps
 from servers.models import resolve
 
 TTFT_SECONDS, ITL_SECONDS = 0.05, 0.02
@@ -84,20 +83,6 @@ def measure(bench: Bench, name: str, repeat: int, session: Session) -> Result:
     return result
 
 
-@contextmanager
-def reference(core: int) -> Iterator[str]:
-    """The reference server on a core of its own; gives its address."""
-    options = ["--port", "0", "--ttft", str(TTFT_SECONDS), "--itl", str(ITL_SECONDS)]
-    command = ["taskset", "-c", str(core), sys.executable, "-m", "loadtest.reference", *options]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    try:
-        line = process.stdout.readline() if process.stdout else ""
-        yield line.split()[-1]
-    finally:
-        process.terminate()
-        process.wait(10)
-
-
 def server_limit(bench: Bench, url: str) -> int:
     """The most streams, by doubling, that the server keeps to its schedule for a client that only drains them."""
     module = [sys.executable, "-m", "benchmarks.peers.drain", url]
@@ -118,7 +103,7 @@ def server_limit(bench: Bench, url: str) -> int:
 def run(bench: Bench, results: list[Result]) -> None:
     """Measure all clients in order, then in the reverse order, by turns; adds to the results."""
     tokenizer = resolve("random:tiny").source
-    with reference(bench.cores[1]) as url:
+    with reference(bench.cores[1], TTFT_SECONDS, ITL_SECONDS) as url:
         alone = tokens_per_second(server_limit(bench, url))
         print(f"the server alone, within {LATENESS_LIMIT * 1e3:g} ms of its schedule: {alone:,.0f} tokens/s")
         for repeat in range(bench.repeats):

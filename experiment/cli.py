@@ -1,6 +1,7 @@
 """The `headroom` command."""
 
 import signal
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ USAGE = """usage: headroom COMMAND [options]
   compare      start both servers here, load each in turn, write a report
   up           start both servers, the monitor and Locust's web UI, until Ctrl-C
   report DIR   write the report of a run again, from its records alone
+  calibrate    find the rate up to which this machine's load generator tells the truth
   doctor       say what this machine has, and what to do about what is missing
 
 headroom compare --help lists the options of compare; up takes the same ones.
@@ -34,6 +36,7 @@ def main() -> None:
         "compare": lambda rest: compare(_plan(rest), console),
         "up": lambda rest: up(_plan(rest), console),
         "report": _report,
+        "calibrate": lambda rest: subprocess.call([sys.executable, "-m", "loadtest.calibrate", *rest]),
         "doctor": _doctor,
     }
     name, *rest = sys.argv[1:] or ["--help"]

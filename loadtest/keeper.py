@@ -7,15 +7,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from loadtest.calibrate import known_limit
 from loadtest.options import Options
 from loadtest.records import RecordFile
 
 # Past these the load generator itself shapes the latencies it reports.
-LIMITS = {
-    "cpu_share": (0.8, "of a core"),
-    "loop_lag_p99_seconds": (0.010, "s"),
-    "send_lateness_p99_seconds": (0.010, "s"),
-}
+LIMITS = {"cpu_share": 0.8, "loop_lag_p99_seconds": 0.010, "send_lateness_p99_seconds": 0.010}
 
 
 class Keeper:
@@ -26,28 +23,35 @@ class Keeper:
         self._file = RecordFile(self.path)
         self.write = self._file.write
 
-    def close(self, processes: Sequence[dict[str, Any]], lost: Sequence[int]) -> None:
-        """Write client.json: each process's figures, the worst of each, and whether the run is valid and why not."""
+    def close(self, processes: Sequence[dict[str, Any]], lost: Sequence[int]) -> dict[str, Any]:
+        """Write client.json and return it: each process's figures, the worst of each, and what is against the run."""
         self._file.close()
-        report = summarize(processes, lost)
+        report = summarize(processes, lost, known_limit())
         self.path.with_name("client.json").write_text(json.dumps(report, indent=2) + "\n")
+        return report
 
 
-def summarize(processes: Sequence[dict[str, Any]], lost: Sequence[int]) -> dict[str, Any]:
-    """The load generator's figures over all its processes, and what they say against the run."""
-    worst = {name: max((p[name] for p in processes if p[name] is not None), default=None) for name in LIMITS}
+def summarize(processes: Sequence[dict[str, Any]], lost: Sequence[int], calibrated: float | None) -> dict[str, Any]:
+    """The load generator's figures over all its processes, and what they say against the run.
+
+    `calibrated` is the rate (chunks/s) up to which one process was found to be accurate on this machine, if it was.
+    """
+    limits = LIMITS | ({"chunks_per_second_max": calibrated} if calibrated else {})
+    names = (*LIMITS, "chunks_per_second_max")
+    worst = {name: max((p[name] for p in processes if p[name] is not None), default=None) for name in names}
     reasons = [
-        f"{name} is {value:.4f}, at most {LIMITS[name][0]:g} {LIMITS[name][1]} is allowed"
+        f"{name}: {value:.6g}: at most {limits[name]:.6g}"
         for name, value in worst.items()
-        if value is not None and value > LIMITS[name][0]
+        if value is not None and name in limits and value > limits[name]
     ]
     if lost:
-        reasons.append(f"workers were lost, with the requests they had not ended: {', '.join(map(str, lost))}")
+        reasons.append(f"lost_workers: {', '.join(map(str, lost))}: what they had not ended has no record")
     return {
         **worst,
         "goes_first": all(process["goes_first"] for process in processes),
         "requests_ended": dict(sum((Counter(p["requests_ended"]) for p in processes), Counter())),
         "skipped_lines": processes[0]["skipped_lines"] if processes else {},
+        "calibrated_chunks_per_second": calibrated,
         "valid": not reasons,
         "reasons": reasons,
         "lost_workers": list(lost),

@@ -6,7 +6,7 @@ import os
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, Protocol, TypeVar
 
@@ -154,7 +154,11 @@ class Run:
             retries=retries,
             scheduled_ns=scheduled_ns,
         )
+        if record.error_detail and (key := api_key(target)):
+            # A server may repeat what it was sent.
+            record = replace(record, error_detail=record.error_detail.replace(key, "***"))
         self._self_check.sent(record.late_seconds)
+        self._self_check.received(record.chunk_ns)
         self._append(record)
         if record.error == "cancelled":
             raise gevent.GreenletExit
@@ -179,8 +183,7 @@ class Run:
 
     def _connect(self, target: str) -> Connection:
         options = self.options
-        key = os.environ.get(f"HEADROOM_{target.upper()}_API_KEY")
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        headers = {"Authorization": f"Bearer {key}"} if (key := api_key(target)) else {}
         url = getattr(options, f"{target}_url")
         return Connection(url, self._receiver, options.timeout, options.token_timeout, headers)
 
@@ -248,6 +251,11 @@ class Run:
             self._flush()
             if self._watcher:
                 self._watcher.client(*self._self_check.recent())
+
+
+def api_key(target: str) -> str:
+    """Key of a server, from the environment and nowhere else; empty: it needs none."""
+    return os.environ.get(f"HEADROOM_{target.upper()}_API_KEY", "")
 
 
 def make_record(request: Request, exchange: Exchange, **fields: Any) -> Record:

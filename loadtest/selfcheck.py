@@ -2,6 +2,8 @@
 
 import os
 import time
+from collections import Counter
+from collections.abc import Iterable
 
 import gevent
 
@@ -24,7 +26,7 @@ def go_first() -> bool:
 
 
 class SelfCheck:
-    """Measures this process's CPU share, its event loop's lag and its send lateness, from `begin` to `finish`."""
+    """Measures this process's CPU share, its loop's lag, its send lateness and its load, from `begin` to `finish`."""
 
     def __init__(self) -> None:
         self._goes_first = go_first()
@@ -36,6 +38,7 @@ class SelfCheck:
         """Forget what was measured so far: the warm-up."""
         self._lags: list[float] = []
         self._late: list[float] = []
+        self._chunks: Counter[int] = Counter()
         self._started = self._recent_started = time.monotonic()
         self._cpu = self._recent_cpu = time.process_time()
         self._recent_lags = 0
@@ -44,6 +47,10 @@ class SelfCheck:
         """Count how late a request was sent; None in a closed loop, where nothing can be late."""
         if late_seconds is not None:
             self._late.append(late_seconds)
+
+    def received(self, chunk_ns: Iterable[int]) -> None:
+        """Count chunks by the second in which they came."""
+        self._chunks.update(stamp // 1_000_000_000 for stamp in chunk_ns)
 
     def recent(self) -> tuple[float, float]:
         """CPU share of one core, and p99 of the loop's lag in seconds, since the last call."""
@@ -54,7 +61,7 @@ class SelfCheck:
         return share, lags[int(len(lags) * 0.99)]
 
     def finish(self) -> dict[str, object]:
-        """CPU share (0..1 of a core), and lag and lateness in seconds at p50, p99 and most; lateness None: closed loop.
+        """CPU share of one core, chunks in the busiest second, lag and lateness (s; None: closed loop) at percentiles.
 
         What comes after the first call is not measured.
         """
@@ -67,6 +74,7 @@ class SelfCheck:
             "wall_seconds": wall,
             "goes_first": self._goes_first,
             "cpu_share": (time.process_time() - self._cpu) / wall,
+            "chunks_per_second_max": max(self._chunks.values(), default=0),
             **_quantiles("loop_lag", sorted(self._lags) or [0.0]),
             **_quantiles("send_lateness", sorted(self._late)),
         }

@@ -140,7 +140,9 @@ class Coordinator:
             )
             self._environment.process_exit_code = WORKERS_LOST
         try:
-            self._keeper.close(list(self._summaries.values()), lost)
+            report = self._keeper.close(list(self._summaries.values()), lost)
+            for reason in report["reasons"]:
+                print(f"loadtest: the run is not valid: {reason}", file=sys.stderr, flush=True)
         except OSError as error:
             print(f"loadtest: the records are not whole: {error}", file=sys.stderr, flush=True)
             self._environment.process_exit_code = RECORDS_LOST

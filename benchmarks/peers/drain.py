@@ -10,7 +10,7 @@ import sys
 import time
 from urllib.parse import urlsplit
 
-from benchmarks.peers import ARRIVAL_SECONDS
+from loadtest.reference.probe import ARRIVAL_SECONDS
 
 END = b"0\r\n\r\n"
 

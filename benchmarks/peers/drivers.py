@@ -1,7 +1,6 @@
 """How each client is told to send a load, and what it says that it saw. Nothing here measures."""
 
 import hashlib
-import itertools
 import json
 import shutil
 import subprocess
@@ -11,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
-from benchmarks.peers import ARRIVAL_SECONDS, WARM_UP
-from loadtest import records
+from loadtest.calibrate import OwnLoad, read_seen
+from loadtest.reference.probe import ARRIVAL_SECONDS, WARM_UP, Seen
 from servers.models import cache_folder
 
 LISTS = Path(__file__).parent
@@ -50,20 +49,6 @@ class Load:
 
 
 @dataclass(frozen=True)
-class Seen:
-    """One request as a client reports it, in seconds; `gaps` are between tokens, where it tells them.
-
-    `key` is the id of the request or of the answer. It is empty where the client tells neither; then the place in the
-    order of sending says which one it is.
-    """
-
-    key: str
-    ttft: float
-    itl: float
-    gaps: tuple[float, ...] = ()
-
-
-@dataclass(frozen=True)
 class Client:
     """One load generator: its command, how to read its report, and what it needs in its environment."""
 
@@ -74,30 +59,7 @@ class Client:
 
 def headroom(load: Load) -> list[str]:
     """Headroom in an open loop with constant gaps."""
-    options = {
-        "workload": "synthetic",
-        "input-lengths": "constant",
-        "input-mean": INPUT_TOKENS,
-        "output-lengths": "constant",
-        "output-mean": load.tokens,
-        "arrival": "constant",
-        "rate": load.rate,
-        "requests": load.requests,
-        "hf-url": load.url,
-        "records": load.out / "records.arrow",
-    }
-    options = {"workload": "lognormal", "sigma": 0} | options
-    command = [sys.executable, "-m", "locust", "-f", "loadtest/locustfile.py", "HF", "--headless", "--only-summary"]
-    return command + [f"--{name}={value}" for name, value in options.items()]
-
-
-def read_headroom(out: Path) -> Iterator[Seen]:
-    """Its records: times of each chunk."""
-    for record in records.read(out / "records.arrow"):
-        ttft, itl = record.ttft_seconds, record.tpot_seconds
-        if ttft is not None and itl is not None:
-            gaps = itertools.pairwise(record.chunk_ns)
-            yield Seen("", ttft, itl, tuple((later - earlier) / 1e9 for earlier, later in gaps))
+    return OwnLoad(load.url, load.requests, load.rate, load.tokens, load.out).command()
 
 
 def plain(load: Load) -> list[str]:
@@ -213,7 +175,7 @@ def read_aiperf(out: Path) -> Iterator[Seen]:
 #: AIPerf looks for a tokenizer's folder in the cache of the hub when it is told to be offline.
 ONLINE = {"HF_HUB_OFFLINE": ""}
 CLIENTS = {
-    "headroom": Client(headroom, read_headroom),
+    "headroom": Client(headroom, read_seen),
     "vllm-bench": Client(vllm_bench, read_vllm_bench),
     "fast-http-user": Client(plain, read_plain, plain_environment),
     "aiperf": Client(aiperf, read_aiperf, lambda _: ONLINE),

@@ -1,58 +1,17 @@
-"""One load of one client: what the client says that it saw, held against the stamps of the reference server."""
+"""Sends loads with one client and remembers how each went."""
 
-import json
 import os
 import subprocess
 import tempfile
 import time
-import urllib.request
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
+from benchmarks.peers.drivers import Client, Load, UnavailableError
+from loadtest.reference.probe import Probe, compare, stamps
 
-from benchmarks.peers import WARM_UP
-from benchmarks.peers.drivers import Client, Load, Seen, UnavailableError
-
-JSON = dict[str, Any]
-#: The mean ITL may be off by this share.
-ITL_LIMIT = 0.01
-#: Where the server is later than this, in seconds at p99, a load was not the one that was asked for.
-LATENESS_LIMIT = 0.005
 TRIES = 3
 QUIET_SECONDS = 0.3
-
-
-@dataclass(frozen=True)
-class Probe:
-    """One load and how it went; times in seconds. Differences are those of one request or gap, without their sign."""
-
-    streams: int
-    failed: int
-    cpu: float
-    wall: float
-    ttft_p99: float = float("nan")
-    server_ttft_p99: float = float("nan")
-    itl_mean: float = float("nan")
-    server_itl_mean: float = float("nan")
-    server_lateness_p99: float = float("nan")
-    ttft_difference: tuple[float, float] | None = None
-    gap_difference: tuple[float, float] | None = None
-    itl_difference: tuple[float, float] | None = None
-
-    def passes(self, limit: float) -> bool:
-        """Whether all requests ended on schedule, with TTFT at p99 within the limit and mean ITL within ITL_LIMIT."""
-        itl = abs(self.itl_mean / self.server_itl_mean - 1)
-        right = abs(self.ttft_p99 - self.server_ttft_p99) <= limit and itl <= ITL_LIMIT
-        return self.on_schedule and not self.failed and right
-
-    @property
-    def on_schedule(self) -> bool:
-        """Whether the server sent what it was asked for when it was due; else the client was not tried."""
-        return self.server_lateness_p99 <= LATENESS_LIMIT
 
 
 class Session:
@@ -116,47 +75,3 @@ def wait(process: "subprocess.Popen[bytes]", seconds: float) -> tuple[int, float
             os.killpg(process.pid, 9)
             deadline = float("inf")
         time.sleep(0.05)
-
-
-def stamps(url: str, since: int | None = None) -> list[JSON]:
-    """The server's summary and stamps; without a number the summary alone."""
-    with urllib.request.urlopen(f"{url}/stamps?since={2**62 if since is None else since}") as answer:  # noqa: S310
-        return [json.loads(line) for line in answer]
-
-
-def compare(
-    requests: int, seen: Sequence[Seen], sends: Sequence[JSON], cost: tuple[float, float], late: float
-) -> Probe:
-    """Hold what the client saw of all requests but the warm-up against what the server sent."""
-    streams, failed = requests - WARM_UP, requests - len(seen)
-    if failed or len(sends) != requests:
-        return Probe(streams, max(failed, 1), *cost, server_lateness_p99=late)
-    pairs = sorted(pair(seen, sends), key=lambda both: int(both[1]["number"]))[WARM_UP:]
-    ttfts = np.array([[own.ttft, (sent["sent_ns"][0] - sent["received_ns"]) / 1e9] for own, sent in pairs])
-    server_gaps = [np.diff(sent["sent_ns"]) / 1e9 for _, sent in pairs]
-    itls = np.array([[own.itl, gaps.mean()] for (own, _), gaps in zip(pairs, server_gaps, strict=True)])
-    whole = all(len(own.gaps) == len(gaps) for (own, _), gaps in zip(pairs, server_gaps, strict=True))
-    own_gaps = np.concatenate([own.gaps for own, _ in pairs]) if whole else None
-    ttft_p99, server_ttft_p99 = np.quantile(ttfts, 0.99, axis=0).tolist()
-    itl_mean, server_itl_mean = itls.mean(axis=0).tolist()
-    return Probe(
-        *(streams, 0, *cost),
-        *(ttft_p99, server_ttft_p99, itl_mean, server_itl_mean, late),
-        differences(ttfts[:, 0], ttfts[:, 1]),
-        differences(own_gaps, np.concatenate(server_gaps)) if own_gaps is not None else None,
-        differences(itls[:, 0], itls[:, 1]),
-    )
-
-
-def pair(seen: Sequence[Seen], sends: Sequence[JSON]) -> list[tuple[Seen, JSON]]:
-    """Each request of the client with the server's, by its id, by the id of the answer, or in the order of sending."""
-    known = {sent["request_id"]: sent for sent in sends} | {f"cmpl-{sent['number']:012d}": sent for sent in sends}
-    if all(own.key in known for own in seen):
-        return [(own, known[own.key]) for own in seen]
-    return list(zip(seen, sends, strict=True))
-
-
-def differences(own: NDArray[np.float64], server: NDArray[np.float64]) -> tuple[float, float]:
-    """How far apart they are, at p50 and p99."""
-    low, high = np.quantile(np.abs(own - server), (0.5, 0.99)).tolist()
-    return low, high

@@ -1,13 +1,18 @@
-"""Both real servers and the monitor, started once for the whole session."""
+"""Both real servers and the monitor, started once for the whole session; comparisons; a browser."""
 
+import shutil
+import urllib.parse
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from playwright.sync_api import Browser, Page, sync_playwright
 
 from experiment.stack import Stack
 from tests.integration.harness import Compare, make_plan
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome") or "chromium is missing: apt-get install chromium"
 
 
 @pytest.fixture(scope="session")
@@ -33,3 +38,26 @@ def compare(tmp_path: Path) -> Iterator[Callable[..., Compare]]:
         if run.process.poll() is None:
             run.process.kill()
             run.process.wait()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser: Browser) -> Iterator[Page]:
+    """A page that must see no error and ask nothing of any other server."""
+    with browser.new_context(viewport={"width": 1280, "height": 900}) as context:
+        page = context.new_page()
+        errors: list[str] = []
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+        hosts: set[str | None] = set()
+        page.on("request", lambda request: hosts.add(urllib.parse.urlsplit(request.url).hostname))
+        yield page
+        assert [error for error in errors if "net::ERR_FAILED" not in error] == []
+        assert hosts <= {"127.0.0.1"}

@@ -11,6 +11,7 @@ from typing import Any
 import psutil
 
 from experiment.plan import Plan
+from loadtest.records import count
 
 
 def free_ports(count: int) -> list[int]:
@@ -60,7 +61,7 @@ class Compare:
         deadline = time.monotonic() + 240
         while time.monotonic() < deadline:
             assert self.process.poll() is None, self.process.communicate()[0]
-            if any(path.stat().st_size for path in self.out.glob(f"*/cells/*-{target}-*/records.arrow")):
+            if any(count(path) for path in self.out.glob(f"*/cells/*-{target}-*/records.arrow")):
                 self.seen = psutil.Process(self.process.pid).children(recursive=True)
                 return
             time.sleep(0.05)

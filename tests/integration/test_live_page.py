@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-import urllib.parse
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -16,12 +15,11 @@ from typing import Any
 
 import httpx
 import pytest
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, expect
 
 from tests.integration.harness import free_ports
 
 ROOT = Path(__file__).parents[2]
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome") or "chromium is missing: apt-get install chromium"
 
 
 class Locust:
@@ -82,29 +80,6 @@ def locust(tmp_path: Path) -> Iterator[Locust]:
         started = Locust(tmp_path, stack)
         started.start("--web-port", str(started.port))
         yield started.ready()
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
-@pytest.fixture
-def page(browser: Browser) -> Iterator[Page]:
-    """A page that must see no error and ask nothing of any other server."""
-    with browser.new_context(viewport={"width": 1280, "height": 900}) as context:
-        page = context.new_page()
-        errors: list[str] = []
-        page.on("pageerror", lambda error: errors.append(str(error)))
-        page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
-        hosts: set[str | None] = set()
-        page.on("request", lambda request: hosts.add(urllib.parse.urlsplit(request.url).hostname))
-        yield page
-        assert [error for error in errors if "net::ERR_FAILED" not in error] == []
-        assert hosts <= {"127.0.0.1"}
 
 
 def cell(page: Page, row: str, column: int) -> str:

@@ -1,5 +1,6 @@
 """One run: requests out, records in, and what the client measures of itself."""
 
+import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -8,7 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Thread
-from typing import Any
+from typing import Any, ClassVar
 
 import gevent
 import pytest
@@ -18,8 +19,10 @@ from loadtest.records import Record, RecordFile, read
 from loadtest.run import FLUSH_SECONDS, START_SECONDS, Run, Share, whole
 from loadtest.selfcheck import SelfCheck
 
+ANSWER_ID = 777
 TOKEN = (
-    b'data: {"choices":[{"text":"a","finish_reason":"length"}],"usage":{"prompt_tokens":3,"completion_tokens":1}}\n\n'
+    b'data: {"choices":[{"text":"a","token_ids":[777],"finish_reason":"length"}],'
+    b'"usage":{"prompt_tokens":3,"completion_tokens":1}}\n\n'
 )
 
 
@@ -29,16 +32,21 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     answered = 0
     seconds = 0.0
+    refusal = ""
+    keys: ClassVar[list[str | None]] = []
+    bodies: ClassVar[list[dict[str, Any]]] = []
 
     def do_POST(self) -> None:
         time.sleep(Handler.seconds)
-        self.rfile.read(int(self.headers["Content-Length"]))
+        Handler.keys.append(self.headers["Authorization"])
+        Handler.bodies.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
         self.send_response(200 if Handler.answered else 503)
         Handler.answered += 1
+        body = Handler.refusal.encode() or TOKEN
         self.send_header("Content-Type", "text/event-stream")
-        self.send_header("Content-Length", str(len(TOKEN)))
+        self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        self.wfile.write(TOKEN)
+        self.wfile.write(body)
 
     def log_message(self, *_: Any) -> None:
         pass
@@ -47,6 +55,8 @@ class Handler(BaseHTTPRequestHandler):
 @pytest.fixture
 def url() -> Iterator[str]:
     Handler.answered, Handler.seconds = 0, 0.0
+    Handler.keys.clear()
+    Handler.bodies.clear()
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         thread = Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
@@ -204,6 +214,32 @@ def test_a_failed_request_is_sent_again_when_that_is_wanted_and_its_time_is_that
     (record,) = kept.records()
     assert (record.error, record.retries, record.output_tokens) == (None, 1, 1)
     assert 0 < record.sent_ns - before_ns < record.chunk_ns[0] - before_ns
+
+
+def test_a_key_is_sent_and_never_kept(begin: Begin, kept: Kept, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HEADROOM_HF_API_KEY", "sesame")
+    monkeypatch.setattr(Handler, "refusal", "no such key: Bearer sesame")
+    run = begin("hf", requests=1)
+    perform_all(run, "hf")
+    run.close()
+    (record,) = kept.records()
+    assert Handler.keys == ["Bearer sesame"]
+    assert record.error_detail == "no such key: Bearer ***"
+    assert b"sesame" not in b"".join(kept.batches)
+
+
+def test_the_next_turn_of_a_conversation_waits_for_the_answer_and_holds_it(begin: Begin, kept: Kept) -> None:
+    Handler.answered = 1
+    run = begin("hf", requests=5, workload="synthetic", turns=2, input_mean=8, output_mean=4)
+    perform_all(run, "hf")
+    run.close()
+    records = kept.records()
+    assert [record.index for record in records] == list(range(5))
+    prompts = [body["prompt"] for body in Handler.bodies]
+    for first, second in ((0, 1), (2, 3)):
+        assert records[second].sent_ns >= records[first].end_ns
+        assert prompts[second][: len(prompts[first]) + 1] == [*prompts[first], ANSWER_ID]
+    assert kept.ends == [None]
 
 
 def test_in_an_open_loop_requests_are_sent_on_time_whatever_comes_back(begin: Begin, kept: Kept) -> None:

@@ -1,0 +1,76 @@
+"""What is kept of the load generator itself, and what it says against a run."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loadtest import keeper
+from loadtest.keeper import Keeper, summarize
+from loadtest.options import Options
+from loadtest.records import read
+
+
+def process(**changes: Any) -> dict[str, Any]:
+    figures: dict[str, Any] = {
+        "worker": 0,
+        "goes_first": True,
+        "cpu_share": 0.1,
+        "loop_lag_p99_seconds": 0.002,
+        "send_lateness_p99_seconds": None,
+        "chunks_per_second_max": 900,
+        "requests_ended": {"hf": 2},
+        "skipped_lines": {},
+    }
+    return figures | changes
+
+
+def test_quiet_processes_say_nothing_against_a_run() -> None:
+    found = summarize([process(), process(worker=1, requests_ended={"hf": 1, "vllm": 4})], [], 1000)
+    assert (found["valid"], found["reasons"]) == (True, [])
+    assert found["requests_ended"] == {"hf": 3, "vllm": 4}
+    assert [one["worker"] for one in found["processes"]] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("figure", "value", "reason"),
+    [
+        ("cpu_share", 0.81, "cpu_share: 0.81: at most 0.8"),
+        ("loop_lag_p99_seconds", 0.0101, "loop_lag_p99_seconds: 0.0101: at most 0.01"),
+        ("send_lateness_p99_seconds", 0.5, "send_lateness_p99_seconds: 0.5: at most 0.01"),
+        ("chunks_per_second_max", 1001, "chunks_per_second_max: 1001: at most 1000"),
+    ],
+)
+def test_the_worst_process_counts_and_the_reason_names_figure_value_and_limit(
+    figure: str, value: float, reason: str
+) -> None:
+    found = summarize([process(), process(**{figure: value}), process()], [], 1000)
+    assert (found["valid"], found["reasons"], found[figure]) == (False, [reason], value)
+
+
+def test_a_lost_worker_makes_a_run_invalid_also_when_none_is_left() -> None:
+    assert summarize([process()], [1, 3], None)["reasons"][0].startswith("lost_workers: 1, 3:")
+    assert summarize([], [0], None)["valid"] is False
+
+
+def test_without_a_calibration_no_rate_is_too_high() -> None:
+    assert summarize([process(chunks_per_second_max=10**9)], [], None)["valid"] is True
+
+
+def test_the_files_of_a_run_lie_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(keeper, "known_limit", lambda: 500.0)
+    kept = Keeper(Options(records=str(tmp_path / "run" / "records.arrow")))
+    returned = kept.close([process()], [])
+    assert list(read(tmp_path / "run" / "records.arrow")) == []
+    assert json.loads((tmp_path / "run" / "client.json").read_text()) == returned
+    assert returned["calibrated_chunks_per_second"] == 500.0
+    assert returned["valid"] is False
+
+
+def test_a_run_without_a_name_gets_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = Keeper(Options()).path
+    assert path.parent.parent.name == "results"
+    assert path.name == "records.arrow"
+    assert path.exists()
