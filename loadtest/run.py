@@ -13,8 +13,9 @@ from typing import Any, Protocol, TypeVar
 import gevent
 from gevent.pool import Group
 
+from loadtest.alarm import Alarm
 from loadtest.client.connection import Connection, Exchange
-from loadtest.client.receiver import Receiver
+from loadtest.client.receiver import Receiver, make_room_for_connections
 from loadtest.client.tokens import read_answer, read_stream
 from loadtest.options import Options
 from loadtest.records import ErrorKind, Phase, Record, to_bytes
@@ -25,6 +26,8 @@ from loadtest.work.workloads import WORKLOADS, Request, next_turn, skipped
 FLUSH_SECONDS, FLUSH_RECORDS = 0.5, 64
 # From the start of a run to its first arrival, so that every process has begun by then.
 START_SECONDS = 1.0
+# Only the youngest objects are looked through: generation 0 after 700 of them, the older ones practically never.
+GC_THRESHOLDS = 700, 1_000_000, 1_000_000
 PATHS = {"completions": "/v1/completions", "chat": "/v1/chat/completions"}
 RETRIED: tuple[ErrorKind, ...] = ("connect", "reset", "http_5xx")
 
@@ -101,9 +104,12 @@ class Run:
         planned = None if self._total is None else share.size(self._total, options.turns)
         self._planned = dict.fromkeys(targets, planned)
         self._pending: list[Record] = []
-        # A full collection walks all that Locust has loaded: the loop would stand still for 20 to 30 ms each time.
+        # A larger collection walks all that Locust has loaded, or all requests in flight: the loop would stand still
+        # for tens of milliseconds each time. Nothing here makes cycles that grow old.
         gc.collect()
         gc.freeze()
+        gc.set_threshold(*GC_THRESHOLDS)
+        make_room_for_connections()
         self._self_check = SelfCheck()
         self._greenlets: list[gevent.Greenlet[..., None]] = [gevent.spawn(self._flush_regularly)]
         if planned == 0:
@@ -197,16 +203,18 @@ class Run:
         # Before the first arrival, which it would delay.
         connection = self._connect(target)
         self._model(target, connection)
+        connection.open()
         self._idle[target].append(connection)
-        sent = 0
+        sent, alarm = 0, Alarm()
         for offset in self._share.pick(offsets):
             request = self.next_request(target)
             if request is None:
                 break
             due_ns = self._share.start_ns + round(offset * 1e9)
-            gevent.sleep(max(0.0, (due_ns - time.monotonic_ns()) / 1e9))
+            alarm.wait_until(due_ns)
             self._in_flight.start(gevent.Greenlet(self.perform, target, request, due_ns))
             sent += 1
+        alarm.close()
         self._planned[target] = sent
         self._end_if_done()
 

@@ -59,6 +59,7 @@ class Coordinator:
         self._environment = environment
         self._keeper: Keeper | None = None
         self._ranks: dict[str, int] = {}
+        self._failed = False
         self._done: set[str] = set()
         self._summaries: dict[str, dict[str, Any]] = {}
         self._lost: set[str] = set()
@@ -71,6 +72,7 @@ class Coordinator:
 
     def start(self, options: Options, nodes: list[str]) -> dict[str, Share]:
         """Open the records' file and share the run out among the nodes; raises OSError."""
+        self.forget()
         self._keeper = Keeper(options)
         self._ranks = {node: rank for rank, node in enumerate(nodes)}
         self._done, self._summaries, self._lost = set(), {}, set()
@@ -78,12 +80,16 @@ class Coordinator:
         share = whole()
         return {node: replace(share, rank=rank, of=len(nodes)) for node, rank in self._ranks.items()}
 
+    def forget(self) -> None:
+        """Have nothing to finish: no run, or one that did not begin."""
+        self._keeper, self._ranks, self._failed = None, {}, False
+
     def hear(self, node: str, kind: str, data: Any) -> None:
         """Take what a sender tells."""
         if node not in self._ranks or not self._keeper:
             return  # of an earlier run
         if kind == RECORDS:
-            if self._environment.process_exit_code == RECORDS_LOST:
+            if self._failed:
                 return
             try:
                 self._keeper.write(data)
@@ -119,6 +125,7 @@ class Coordinator:
 
     def fail(self, error: object) -> None:
         """End the run because its records cannot be kept."""
+        self._failed = True
         print(f"loadtest: the run ends, its records cannot be kept: {error}", file=sys.stderr, flush=True)
         self._environment.process_exit_code = RECORDS_LOST
         self.end()
@@ -195,6 +202,7 @@ def _targets(environment: Environment) -> list[str]:
 def _start_worker(worker: Sender, orders: list[dict[str, Any]]) -> None:
     if orders:  # else it came when the run was shared out already
         order = orders.pop()
+        orders.clear()
         worker.start(Share(**order["share"]), order["targets"])
 
 
@@ -203,6 +211,7 @@ def _start_here(environment: Environment, coordinator: Coordinator, local: Sende
         share = coordinator.start(_options(environment), ["local"])["local"]
         local.start(share, _targets(environment))
     except (OSError, ValueError) as error:
+        coordinator.forget()
         coordinator.fail(error)
 
 
@@ -212,6 +221,7 @@ def _share_out(environment: Environment, master: MasterRunner, coordinator: Coor
     try:
         shares = coordinator.start(_options(environment), nodes)
     except (OSError, ValueError) as error:
+        coordinator.forget()
         coordinator.fail(error)
         return
     for node, share in shares.items():

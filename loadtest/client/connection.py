@@ -92,6 +92,13 @@ class Connection:
         """Fetch a path; errors as in `post`."""
         return self._exchange("GET", path, b"", "")
 
+    def open(self) -> None:
+        """Connect now, so that the first request need not wait for it; when it fails that request will show why."""
+        try:
+            self._connected()
+        except OSError:
+            self.close()
+
     def close(self) -> None:
         """Close the connection."""
         if self._socket:

@@ -4,6 +4,8 @@ One greenlet waits for all sockets at once (epoll). Linux stamps the data of a T
 stay right when this process is late; elsewhere the stamp is that of the reading.
 """
 
+import os
+import resource
 import select
 import socket
 import struct
@@ -148,7 +150,7 @@ class Receiver:
             except BlockingIOError:
                 continue
             except (OSError, ValueError) as error:
-                stream.failure = error
+                stream.failure = error.with_traceback(None)  # which would refer to the stream
             self._forget(stream)
             stream.done.set()
 
@@ -182,6 +184,16 @@ class Receiver:
         del self._streams[descriptor]
         self._epoll.unregister(descriptor)
         self._choose_wait()
+
+
+def make_room_for_connections(most: int = 65_536) -> None:
+    """Have Linux make its table of open files as large as it may become.
+
+    It grows by doubling, and each time a process with several threads stands still for some 20 ms.
+    """
+    highest = min(most, resource.getrlimit(resource.RLIMIT_NOFILE)[0]) - 1
+    with socket.socket() as any_file:
+        os.close(os.dup2(any_file.fileno(), highest))
 
 
 def kernel_stamps() -> bool:

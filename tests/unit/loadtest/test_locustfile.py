@@ -254,6 +254,29 @@ def test_the_web_form_starts_a_run_whose_failures_are_records(web: int, programs
     assert [(record.index, record.error) for record in programs.records("web")] == [(0, "connect"), (1, "connect")]
 
 
+def wait_until_ready(port: int) -> None:
+    deadline = time.monotonic() + 20
+    while True:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/stats/requests", timeout=10) as answer:
+            if json.load(answer)["state"] in ("ready", "stopped"):
+                return
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_run_whose_records_cannot_be_kept_does_not_spoil_the_next(web: int, programs: Programs) -> None:
+    wait_until_ready(web)
+    submit(web, records="/proc/nowhere/records.arrow", requests="2", workload="classic", model="m")
+    wait_until_ready(web)
+    answer = submit(web, records="next/records.arrow", requests="2", workload="classic", model="m")
+    assert answer["success"] is True
+    client, deadline = programs.folder / "web" / "next" / "client.json", time.monotonic() + 10
+    while not client.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    assert [record.index for record in read(client.with_name("records.arrow"))] == [0, 1]
+
+
 def test_every_option_is_a_field_of_the_web_form(web: int) -> None:
     with urllib.request.urlopen(f"http://127.0.0.1:{web}/", timeout=10) as answer:
         page = answer.read().decode()
