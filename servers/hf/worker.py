@@ -27,6 +27,8 @@ from servers.settings import cpu_cores
 
 #: Tokens in a block of the paged cache, as in vLLM.
 BLOCK_SIZE = 16
+#: Blocks that Transformers adds to the pool of its paged cache, and in which no sequence is kept.
+OWN_BLOCKS = 2
 logger = logging.getLogger(__name__)
 
 
@@ -73,7 +75,8 @@ def limits(settings: Settings, weights: transformers.PreTrainedModel) -> Limits:
     tokens = settings.kv_budget // size if settings.kv_budget else None
     rows = 1 if settings.engine == "sequential" else settings.max_batch
     static = settings.cache == "static" or settings.compile
-    least = length if static else BLOCK_SIZE if settings.engine == "continuous" else 1
+    own = OWN_BLOCKS * BLOCK_SIZE if settings.engine == "continuous" else 0
+    least = length if static else own + BLOCK_SIZE if own else 1
     if tokens is not None and tokens < least:
         raise ModelError(
             f"--kv-budget: {settings.kv_budget}: {least * size} bytes are the least, {least} tokens of {size} bytes"
@@ -83,7 +86,7 @@ def limits(settings: Settings, weights: transformers.PreTrainedModel) -> Limits:
         max_model_len=length,
         max_batch=min(rows, tokens // length) if static and tokens else rows,
         max_waiting=settings.max_waiting,
-        kv_tokens=tokens,
+        kv_tokens=None if tokens is None else tokens - own,
         eos_token_ids=frozenset(eos if isinstance(eos, list) else [eos]),
     )
 
