@@ -31,8 +31,9 @@ class Alarm:
                 raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
     def wait_until(self, moment_ns: int) -> None:
-        """Wait for a moment of CLOCK_MONOTONIC; at once when it has passed."""
+        """Wait for a moment of CLOCK_MONOTONIC; when it has passed, others have their turn all the same."""
         if moment_ns <= time.monotonic_ns():
+            gevent.sleep(0)
             return
         if self._fd is None:
             gevent.sleep((moment_ns - time.monotonic_ns()) / 1e9)

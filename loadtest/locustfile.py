@@ -52,7 +52,7 @@ def _leave(message: str) -> NoReturn:
 def _check_form() -> flask.Response | None:
     """Refuse a form with a bad value before Locust reads it; the page shows the message."""
     form = flask.request.form
-    if flask.request.path != "/swarm":
+    if not flask.request.path.endswith("/swarm"):
         return None
     try:
         options = check(form)

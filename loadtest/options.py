@@ -95,6 +95,7 @@ Problems = Iterator[tuple[str, str]]
 READ_BY: dict[str, tuple[str, ...]] = {
     "rate": ("constant", "poisson", "gamma"),
     "burstiness": ("gamma", "steps", "ramp"),
+    "duration": ("constant", "poisson", "gamma", "steps", "ramp", "trace"),
     "stages": ("steps", "ramp"),
     "time_scale": ("trace",),
 }

@@ -77,8 +77,8 @@ class Run:
     """What this process sends to each target, and what came back.
 
     Each target gets the same requests in the same order. `keep` takes batches of records, `on_end` is called when the
-    last one was kept, or with the failure when records cannot be kept. Raises ValueError for options that do not work
-    here.
+    last one was kept, or with the failure that ends the run: records cannot be kept (OSError), or a conversation cannot
+    go on (ValueError). Raises ValueError for options that do not work here.
     """
 
     def __init__(
@@ -99,6 +99,7 @@ class Run:
         self._idle: defaultdict[str, list[Connection]] = defaultdict(list)
         self._models: dict[str, str] = {}
         self._in_flight = Group()
+        self._handed_out: Counter[str] = Counter()
         self._ended: Counter[str] = Counter()
         self._measuring = False
         planned = None if self._total is None else share.size(self._total, options.turns)
@@ -114,14 +115,20 @@ class Run:
         self._greenlets: list[gevent.Greenlet[..., None]] = [gevent.spawn(self._flush_regularly)]
         if planned == 0:
             self._greenlets.append(gevent.spawn(self._end_if_done))
-        self._greenlets += [
-            gevent.spawn(self._dispatch, target, offsets) for target, offsets in schedules.items() if offsets
-        ]
+        for target, offsets in schedules.items():
+            if offsets:
+                self._greenlets.append(self._watched(gevent.spawn(self._dispatch, target, offsets)))
 
     def next_request(self, target: str) -> Request | None:
         """The next request for a target, or None when all were handed out."""
         request = next(self._requests[target], None)
-        return None if request is None or self._is_past_end(request) else request
+        if request is None or self._is_past_end(request):
+            if self._planned[target] is None and self.options.arrival == "closed":
+                self._plan(target)  # the list has come to its end
+            return None
+        total = request.index + request.turns if self._total is None else self._total
+        self._handed_out[target] += min(request.turns, total - request.index)
+        return request
 
     def perform(self, target: str, request: Request, scheduled_ns: int | None = None) -> None:
         """Send one request, and those that follow it in its conversation; their records are kept.
@@ -131,8 +138,12 @@ class Run:
         turn: Request | None = request
         while turn and not self._is_past_end(turn):
             exchange = self._send(target, turn, scheduled_ns)
-            turn = next_turn(self.options, turn, read_answer(exchange.events())) if turn.turns > 1 else None
             scheduled_ns = None  # the next turn waits for the answer and for nothing else
+            try:
+                turn = next_turn(self.options, turn, read_answer(exchange.events())) if turn.turns > 1 else None
+            except ValueError as error:
+                self._on_end(error)
+                return
 
     def _send(self, target: str, request: Request, scheduled_ns: int | None) -> Exchange:
         if not self._measuring and self._phase(request) == "measured":
@@ -146,7 +157,7 @@ class Run:
             self._watcher.begin(target)
         exchange = connection.post(path, body, f"{self._share.run_id}-{request.index}")
         retries, first_ns = 0, exchange.sent_ns
-        while retries < self.options.retries and _error_of(exchange) in RETRIED:
+        while retries < self.options.retries and exchange.error != "cancelled" and _error_of(exchange) in RETRIED:
             retries += 1
             exchange = connection.post(path, body, f"{self._share.run_id}-{request.index}-{retries}")
         exchange.sent_ns = first_ns
@@ -166,7 +177,7 @@ class Run:
         self._self_check.sent(record.late_seconds)
         self._self_check.received(record.chunk_ns)
         self._append(record)
-        if record.error == "cancelled":
+        if exchange.error == "cancelled":
             raise gevent.GreenletExit
         return exchange
 
@@ -194,9 +205,12 @@ class Run:
         return Connection(url, self._receiver, options.timeout, options.token_timeout, headers)
 
     def _model(self, target: str, connection: Connection) -> str:
-        if target not in self._models:
-            self._models[target] = self.options.model or first_model(connection, target)
-        return self._models[target]
+        if self.options.model:
+            return self.options.model
+        if target not in self._models and (name := first_model(connection)):
+            self._models[target] = name
+        # When the server does not say, requests fail and show why.
+        return self._models.get(target, target)
 
     def _dispatch(self, target: str, offsets: Iterator[float]) -> None:
         """Start each request at its time, whatever has or has not come back."""
@@ -205,17 +219,25 @@ class Run:
         self._model(target, connection)
         connection.open()
         self._idle[target].append(connection)
-        sent, alarm = 0, Alarm()
+        alarm = Alarm()
         for offset in self._share.pick(offsets):
             request = self.next_request(target)
             if request is None:
                 break
             due_ns = self._share.start_ns + round(offset * 1e9)
             alarm.wait_until(due_ns)
-            self._in_flight.start(gevent.Greenlet(self.perform, target, request, due_ns))
-            sent += 1
+            self._in_flight.start(self._watched(gevent.Greenlet(self.perform, target, request, due_ns)))
         alarm.close()
-        self._planned[target] = sent
+        self._plan(target)
+
+    def _watched(self, greenlet: Any) -> Any:
+        """What fails in a greenlet ends the run instead of leaving it without an end."""
+        greenlet.link_exception(lambda failed: self._on_end(failed.exception))
+        return greenlet
+
+    def _plan(self, target: str) -> None:
+        """No more requests are handed out: the run ends with the last record of those that were."""
+        self._planned[target] = self._handed_out[target]
         self._end_if_done()
 
     def _is_past_end(self, request: Request) -> bool:
@@ -295,6 +317,8 @@ def make_record(request: Request, exchange: Exchange, **fields: Any) -> Record:
 
 def _error_of(exchange: Exchange) -> ErrorKind | None:
     """What failed as far as the status and the kind of answer tell; what it holds is read later."""
+    if exchange.error == "cancelled":
+        return exchange.error
     if exchange.status and exchange.status >= 400:
         return "http_4xx" if exchange.status < 500 else "http_5xx"
     if not exchange.error and not exchange.answer.content_type.startswith("text/event-stream"):
@@ -302,10 +326,12 @@ def _error_of(exchange: Exchange) -> ErrorKind | None:
     return exchange.error
 
 
-def first_model(connection: Connection, target: str) -> str:
-    """Name of the first model that the server offers; when it does not say, requests will fail and show why."""
-    answer = connection.get("/v1/models").answer
+def first_model(connection: Connection) -> str:
+    """Name of the first model that the server offers; empty when it does not say."""
+    exchange = connection.get("/v1/models")
+    if exchange.error == "cancelled":
+        raise gevent.GreenletExit
     try:
-        return str(json.loads(answer.body)["data"][0]["id"])
+        return str(json.loads(exchange.answer.body)["data"][0]["id"])
     except (ValueError, KeyError, IndexError, TypeError):
-        return target
+        return ""

@@ -49,7 +49,8 @@ class Sender:
             self._tell(FINISHED, run.close())
 
     def _end(self, failure: Exception | None) -> None:
-        self._tell(DONE, str(failure) if failure else None)
+        kept = "its records cannot be kept: " if isinstance(failure, OSError) else ""
+        self._tell(DONE, f"{kept}{failure}" if failure else None)
 
 
 class Coordinator:
@@ -94,7 +95,7 @@ class Coordinator:
             try:
                 self._keeper.write(data)
             except OSError as error:
-                self.fail(error)
+                self.fail(f"its records cannot be kept: {error}")
         elif kind == FINISHED:
             self._summaries[node] = data
         else:
@@ -124,9 +125,9 @@ class Coordinator:
         self._close()
 
     def fail(self, error: object) -> None:
-        """End the run because its records cannot be kept."""
+        """End the run because it cannot go on."""
         self._failed = True
-        print(f"loadtest: the run ends, its records cannot be kept: {error}", file=sys.stderr, flush=True)
+        print(f"loadtest: the run ends: {error}", file=sys.stderr, flush=True)
         self._environment.process_exit_code = RECORDS_LOST
         self.end()
 
@@ -195,6 +196,18 @@ def _options(environment: Environment) -> Options:
     return check(vars(environment.parsed_options))
 
 
+def _require_users_everywhere(options: Options, targets: list[str], workers: int, users: int) -> None:
+    """Raise ValueError where a worker would have no user to send its share: in a closed loop users send."""
+    if options.arrival != "closed" or workers == 1:
+        return
+    if len(targets) > 1:
+        raise ValueError(
+            "in a closed loop several workers load one server at a time: choose HF or VLLM, or an open loop"
+        )
+    if users < workers:
+        raise ValueError(f"users: {users}: in a closed loop expected at least one for each of the {workers} workers")
+
+
 def _targets(environment: Environment) -> list[str]:
     return [kind.target for kind in environment.user_classes if issubclass(kind, TargetUser)]
 
@@ -212,18 +225,20 @@ def _start_here(environment: Environment, coordinator: Coordinator, local: Sende
         local.start(share, _targets(environment))
     except (OSError, ValueError) as error:
         coordinator.forget()
-        coordinator.fail(error)
+        coordinator.fail(f"its records cannot be kept: {error}" if isinstance(error, OSError) else error)
 
 
 def _share_out(environment: Environment, master: MasterRunner, coordinator: Coordinator) -> None:
     clients = master.clients
     nodes = [node.id for node in clients.ready + clients.running + clients.spawning]
     try:
-        shares = coordinator.start(_options(environment), nodes)
+        options, targets = _options(environment), _targets(environment)
+        _require_users_everywhere(options, targets, len(nodes), master.target_user_count)
+        shares = coordinator.start(options, nodes)
     except (OSError, ValueError) as error:
         coordinator.forget()
-        coordinator.fail(error)
+        coordinator.fail(f"its records cannot be kept: {error}" if isinstance(error, OSError) else error)
         return
     for node, share in shares.items():
-        master.send_message(SHARE, {"share": asdict(share), "targets": _targets(environment)}, node)
+        master.send_message(SHARE, {"share": asdict(share), "targets": targets}, node)
     coordinator.watch(master)

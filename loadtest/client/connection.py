@@ -68,7 +68,7 @@ class Connection:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(f"{url!r}: expected http://HOST[:PORT] or https://HOST[:PORT]")
-        self._context = ssl.create_default_context() if parts.scheme == "https" else None
+        self._context = _context() if parts.scheme == "https" else None
         self._host = parts.hostname
         self._port = parts.port or (443 if self._context else 80)
         self._base = parts.path.rstrip("/")
@@ -96,7 +96,7 @@ class Connection:
         """Connect now, so that the first request need not wait for it; when it fails that request will show why."""
         try:
             self._connected()
-        except OSError:
+        except (OSError, UnicodeError):
             self.close()
 
     def close(self) -> None:
@@ -122,11 +122,12 @@ class Connection:
             exchange.clock = stream.clock
             if stream.failure:
                 exchange.fail(_kind(stream.failure), stream.failure)
-        except OSError as error:
+        except (OSError, UnicodeError) as error:  # a host's name may be none
             exchange.fail("connect", error)
         except gevent.GreenletExit:
             exchange.fail("cancelled", "the run ended")
         exchange.end_ns = clock()
+        exchange.answer.close()
         if exchange.error or not exchange.answer.keep_alive:
             self.close()
         return exchange
@@ -152,6 +153,12 @@ class Connection:
                 self._tls = Tls(self._context, self._host)
                 self._tls.handshake(self._socket, CONNECT_SECONDS)
         return self._socket
+
+
+@cache
+def _context() -> ssl.SSLContext:
+    """Made once: it reads all certificates that the system trusts."""
+    return ssl.create_default_context()
 
 
 @cache

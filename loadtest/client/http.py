@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 
 import httptools
 
-# The end of a chunked body: the last chunk, without trailers (RFC 9112, section 7.1).
-LAST_CHUNK = b"0\r\n\r\n"
+# The end of a chunked body: the last chunk, with or without trailers (RFC 9112, section 7.1).
+LAST_BYTES = b"\r\n\r\n"
 MAX_ANSWER_BYTES = 256 * 2**20
 
 
@@ -28,7 +28,7 @@ class Answer:
         self._chunked = False
         self._body_begun = False
         self._unpack: zlib._Decompress | None = None
-        self._parser = httptools.HttpResponseParser(self)
+        self._parser: httptools.HttpResponseParser | None = httptools.HttpResponseParser(self)
 
     @property
     def body(self) -> bytes:
@@ -41,7 +41,7 @@ class Answer:
         Inside a chunked body only bytes that could be its end make it so: the rest is read when it has come.
         """
         self._unread.append((stamp, data))
-        return not self._body_begun or data.endswith(LAST_CHUNK) or len(data) < len(LAST_CHUNK)
+        return not self._body_begun or data.endswith(LAST_BYTES) or len(data) < len(LAST_BYTES)
 
     def read(self) -> None:
         """Read what was taken; raises ValueError for what is not HTTP."""
@@ -51,8 +51,9 @@ class Answer:
             raise ValueError(f"the answer is larger than {MAX_ANSWER_BYTES >> 20} MiB")
         try:
             for self._stamp, data in unread:
-                self._parser.feed_data(data)
-        except (httptools.HttpParserError, zlib.error) as error:
+                if self._parser:
+                    self._parser.feed_data(data)
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade, zlib.error) as error:
             raise ValueError(str(error) or type(error).__name__) from error
         self._body_begun = self._chunked and self.status is not None
 
@@ -65,7 +66,11 @@ class Answer:
             raise TruncatedError("the connection ended inside the answer")
         self.complete = True
 
-    # Callbacks of the parser.
+    def close(self) -> None:
+        """Let go of the parser, which refers to this answer: the cycle would stay until garbage is collected."""
+        self._parser = None
+
+    # Callbacks of the parser, which is there while they run.
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """Note what says how the body is framed and packed."""
@@ -80,7 +85,7 @@ class Answer:
 
     def on_headers_complete(self) -> None:
         """Note the status."""
-        status = self._parser.get_status_code()
+        status = self._parser.get_status_code() if self._parser else 0
         # An interim answer (1xx) is not the answer.
         self.status = status if status >= 200 else None
 
@@ -92,7 +97,7 @@ class Answer:
         """Note the end."""
         self.complete = self.status is not None
         # The parser forgets it with the next line.
-        self.keep_alive = self._parser.should_keep_alive()
+        self.keep_alive = bool(self._parser and self._parser.should_keep_alive())
 
 
 class TruncatedError(ConnectionError):

@@ -33,7 +33,7 @@ ANCILLARY_BYTES = socket.CMSG_SPACE(TIMESPEC.size) if hasattr(socket, "CMSG_SPAC
 Epoll = monkey.get_original("select", "epoll")
 # While that many answers stream, data is left to gather for this long: it is stamped already, and each waking up costs
 # as much as the reading of several segments.
-GATHER_STREAMS, GATHER_SECONDS = 64, 0.002
+GATHER_STREAMS, GATHER_SECONDS = 64, 0.001
 SWEEP_SECONDS = 0.05
 # A wall clock that moved by more between two readings was set.
 CLOCK_WAS_SET_NS = 1_000_000
@@ -116,11 +116,14 @@ class Receiver:
         wait = None if not number else self._gather if self.kernel and number >= GATHER_STREAMS else self._readable
         if wait is self._wait:
             return
-        for watcher in (self._readable, self._gather, self._sweep):
-            watcher.stop()
+        if self._wait:
+            self._wait.stop()
         if wait:
             wait.start(self._receive_all)
+        if not self._wait:
             self._sweep.start(self._end_late)
+        elif not wait:
+            self._sweep.stop()
         self._wait = wait
 
     def _receive_all(self) -> None:

@@ -62,6 +62,7 @@ class Chunk(msgspec.Struct):
     choices: list[Choice] | None = None
     usage: Usage | None = None
     error: Any = None
+    object: str | None = None
 
 
 decode = msgspec.json.Decoder(Chunk).decode
@@ -81,8 +82,9 @@ def read_stream(events: Iterable[tuple[int, bytes]], max_tokens: int) -> Output:
         except (ValueError, RecursionError) as error:
             out.error, out.error_detail = "malformed", f"{type(error).__name__}: {error}: {data[:200]!r}"
             return out
-        if chunk.error:
-            out.error, out.error_detail = "sse_error", msgspec.json.encode(chunk.error).decode()[:500]
+        if chunk.error or chunk.object == "error":
+            what = msgspec.json.encode(chunk.error) if chunk.error else data
+            out.error, out.error_detail = "sse_error", what.decode()[:500]
             return out
         _read_chunk(out, counted, stamp, chunk)
     if out.finish_reason is None and not (done and out.chunk_ns):

@@ -154,6 +154,21 @@ def test_a_run_that_is_stopped_keeps_the_last_records_of_its_workers(deploy: Dep
     assert sum(fleet.client()["requests_ended"].values()) == errors.total()
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--users 4 HF VLLM", "in a closed loop several workers load one server at a time"),
+        ("--users 1 HF", "users: 1: in a closed loop expected at least one for each of the 2 workers"),
+    ],
+)
+def test_a_closed_loop_in_which_a_worker_would_have_nothing_to_send_with_is_refused(
+    deploy: Deploy, options: str, message: str
+) -> None:
+    code, output = deploy(2, f"{options} --requests 5").ended()
+    assert code == 3
+    assert message in output
+
+
 def test_records_that_cannot_be_kept_end_the_run_on_all_workers(deploy: Deploy, tmp_path: Path) -> None:
     (tmp_path / "records.arrow").write_text("not ours")
     fleet = deploy(2, "--users 2 --requests 50 HF")

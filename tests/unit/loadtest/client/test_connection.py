@@ -1,5 +1,6 @@
 """The streaming client, against a real socket server that sends what a script says."""
 
+import gc
 import gzip
 import itertools
 import json
@@ -9,6 +10,7 @@ import struct
 import subprocess
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
@@ -19,6 +21,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from loadtest.client import connection
 from loadtest.client.connection import Connection, Exchange
 from loadtest.client.http import Answer as Read
 from loadtest.client.receiver import Receiver, Stamps
@@ -210,6 +213,28 @@ def test_an_interim_answer_is_not_the_answer(serve: Serve, connect: Connect) -> 
     early = b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\n"
     exchange = post(connect(serve([[early, pause, answer(STREAM)]]).url))
     assert (exchange.status, exchange.answer.body) == (200, STREAM)
+
+
+def test_a_body_whose_end_has_trailers_is_whole(serve: Serve, connect: Connect) -> None:
+    server = serve([[head() + chunked(STREAM)[:-2], pause, b"Server-Timing: a\r\n\r\n"], [answer(STREAM)]])
+    connection = connect(server.url, timeout=2)
+    assert [post(connection).error for _ in range(2)] == [None, None]
+
+
+def test_an_answer_that_changes_the_protocol_is_malformed(serve: Serve, connect: Connect) -> None:
+    upgrade = b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\r\n"
+    assert post(connect(serve([[upgrade]]).url, timeout=2)).error == "malformed"
+
+
+def test_an_answer_is_freed_without_the_garbage_collector(serve: Serve, connect: Connect) -> None:
+    server = serve([[answer(STREAM), answer(STREAM)[:90], hang_up]], [[answer(b"no", "500 Oops", "text/plain")]])
+    connection = connect(server.url)
+    gc.disable()
+    try:
+        left = [weakref.ref(post(connection).answer) for _ in range(3)]
+        assert [ref() for ref in left] == [None, None, None]
+    finally:
+        gc.enable()
 
 
 def test_the_request_is_what_was_asked_for(serve: Serve, connect: Connect) -> None:
@@ -541,6 +566,7 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def encrypt(certificate: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Server], Server]:
     """Makes a server speak TLS with a certificate that clients trust."""
     monkeypatch.setenv("SSL_CERT_FILE", str(certificate.with_name("crt")))
+    connection._context.cache_clear()
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate)
 
@@ -579,6 +605,7 @@ def test_a_certificate_that_nobody_signed_is_a_connect_error(
 ) -> None:
     server = encrypt(serve([[answer(STREAM)]]))
     monkeypatch.delenv("SSL_CERT_FILE")
+    connection._context.cache_clear()
     exchange = post(connect(server.url))
     assert exchange.error == "connect"
     assert "certificate" in str(exchange.error_detail).lower()
@@ -592,6 +619,10 @@ def test_the_key_of_a_server_is_sent_as_a_header(serve: Serve) -> None:
     connection.close()
     receiver.close()
     assert b"\r\nAuthorization: Bearer secret\r\n" in server.requests[0][1]
+
+
+def test_a_host_that_is_no_name_is_a_connect_error(connect: Connect) -> None:
+    assert post(connect("http://a..b")).error == "connect"
 
 
 @pytest.mark.parametrize("url", ["127.0.0.1:8000", "ftp://host", "http://", "http://:80", "/v1"])

@@ -133,6 +133,12 @@ def test_an_error_event_inside_a_200_is_an_error(before: list[dict[str, Any]]) -
     assert out.output_tokens is None
 
 
+def test_a_flat_error_event_is_an_error_too() -> None:
+    out = read(text("a") | {"usage": usage(1)}, {"object": "error", "message": "out of memory", "code": 500}, DONE)
+    assert out.error == "sse_error"
+    assert "out of memory" in str(out.error_detail)
+
+
 def test_an_error_that_is_null_is_none() -> None:
     assert read(text("a", "stop") | {"error": None}).error is None
 
