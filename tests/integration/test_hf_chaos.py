@@ -35,7 +35,8 @@ RUNGS = {
     "batch": [*BATCH, *BUDGET, "--max-waiting", "20"],
     # A row is as long as the context, so whatever the context allows fits.
     "batch static": [*BATCH, "--cache", "static", "--kv-budget", str(6 * CONTEXT * SLOT)],
-    "continuous": ["--engine", "continuous", "--max-batch", "8", *BUDGET],
+    # Two blocks of 16 slots are Transformers' own.
+    "continuous": ["--engine", "continuous", "--max-batch", "8", "--kv-budget", str((SLOTS + 32) * SLOT)],
 }
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 MODEL: JSON = {"model": "random:tiny"}
