@@ -2,7 +2,6 @@
 
 import ctypes
 import os
-import sys
 import time
 
 import gevent
@@ -20,23 +19,18 @@ class _Times(ctypes.Structure):
 
 
 class Alarm:
-    """One greenlet's alarm; Linux's timerfd, elsewhere gevent's timer."""
+    """One greenlet's alarm: Linux's timerfd. Raises OSError when there is none to be had."""
 
     def __init__(self) -> None:
-        self._fd: int | None = None
-        if sys.platform == "linux":
-            self._libc = ctypes.CDLL(None, use_errno=True)
-            self._fd = self._libc.timerfd_create(CLOCK_MONOTONIC, FLAGS)
-            if self._fd < 0:
-                raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+        self._libc = ctypes.CDLL(None, use_errno=True)
+        self._fd: int = self._libc.timerfd_create(CLOCK_MONOTONIC, FLAGS)
+        if self._fd < 0:
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
     def wait_until(self, moment_ns: int) -> None:
         """Wait for a moment of CLOCK_MONOTONIC; when it has passed, others have their turn all the same."""
         if moment_ns <= time.monotonic_ns():
             gevent.sleep(0)
-            return
-        if self._fd is None:
-            gevent.sleep((moment_ns - time.monotonic_ns()) / 1e9)
             return
         times = _Times((0, 0), divmod(moment_ns, 1_000_000_000))
         self._libc.timerfd_settime(self._fd, ABSOLUTE, ctypes.byref(times), None)
@@ -45,6 +39,4 @@ class Alarm:
 
     def close(self) -> None:
         """Give it back."""
-        if self._fd is not None:
-            os.close(self._fd)
-            self._fd = None
+        os.close(self._fd)

@@ -6,6 +6,7 @@ import os
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, Protocol, TypeVar
@@ -219,15 +220,14 @@ class Run:
         self._model(target, connection)
         connection.open()
         self._idle[target].append(connection)
-        alarm = Alarm()
-        for offset in self._share.pick(offsets):
-            request = self.next_request(target)
-            if request is None:
-                break
-            due_ns = self._share.start_ns + round(offset * 1e9)
-            alarm.wait_until(due_ns)
-            self._in_flight.start(self._watched(gevent.Greenlet(self.perform, target, request, due_ns)))
-        alarm.close()
+        with closing(Alarm()) as alarm:
+            for offset in self._share.pick(offsets):
+                request = self.next_request(target)
+                if request is None:
+                    break
+                due_ns = self._share.start_ns + round(offset * 1e9)
+                alarm.wait_until(due_ns)
+                self._in_flight.start(self._watched(gevent.Greenlet(self.perform, target, request, due_ns)))
         self._plan(target)
 
     def _watched(self, greenlet: Any) -> Any:
