@@ -148,7 +148,8 @@ def measure(options: Options, users: int, program: Program, size: int) -> JSON:
     tokens = sum(made(result, finish) - made(result, begin) for result in results)
     errors = Counter(result.error for result in results if result.error)
     if not inside or not tokens:
-        raise RunError(f"no token or no sample in the window; errors: {dict(errors) or 'none'}")
+        seen = f"{tokens} tokens and {len(inside)} samples of /metrics in the window"
+        raise RunError(f"{seen}; errors: {dict(errors) or 'none'}")
     seconds = options.cell_seconds - options.warmup_seconds
     return {
         "seconds": seconds,

@@ -4,8 +4,10 @@ import asyncio
 import itertools
 import logging
 import multiprocessing
+import os
 import pickle
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from queue import SimpleQueue
 from socket import socket
@@ -39,11 +41,10 @@ class RemoteEngine(Engine):
 
     async def load(self) -> Loaded:
         """Wait until the engine is ready, and what it is; raises ModelError or EngineDeadError."""
-        loop = asyncio.get_running_loop()
         readable = asyncio.Event()
-        loop.add_reader(self._connection.fileno(), readable.set)
+        self._watch(readable.set)
         await readable.wait()
-        loop.remove_reader(self._connection.fileno())
+        asyncio.get_running_loop().remove_reader(self._connection.fileno())
         try:
             loaded: Loaded | Exception = self._connection.recv()
         except EOFError:
@@ -57,7 +58,7 @@ class RemoteEngine(Engine):
         """Take tokens; the engine is ready since it was loaded."""
         # The pipe holds a few dozen long prompts: to wait until it takes more would hold up every stream.
         threading.Thread(target=self._send_all, name="commands", daemon=True).start()
-        asyncio.get_running_loop().add_reader(self._connection.fileno(), self._read)
+        self._watch(self._read)
 
     async def close(self) -> None:
         """Let the engine end what runs, and its process with it."""
@@ -96,6 +97,13 @@ class RemoteEngine(Engine):
         """Drop a job that waits, or end one that runs after the token it is working on; harmless when it has ended."""
         if self._jobs.pop(job.number, None):
             self._send("cancel", job.number)
+
+    def _watch(self, callback: Callable[[], None]) -> None:
+        """Have the event loop call when there is something to read."""
+        number = self._connection.fileno()
+        asyncio.get_running_loop().add_reader(number, callback)
+        # uvloop makes what it watches non-blocking: a command for a full pipe would fail, and half a message too.
+        os.set_blocking(number, True)
 
     def _send(self, *command: object) -> None:
         self._commands.put(pickle.dumps(command))

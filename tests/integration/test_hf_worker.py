@@ -74,6 +74,21 @@ async def test_a_model_that_hangs_holds_nothing_else_up_and_its_end_is_noticed(s
     assert server.metrics()["hf:request_total unavailable"] == 200
 
 
+async def test_requests_that_the_pipe_could_not_hold_while_the_model_was_busy_are_all_answered(server: HfServer) -> None:
+    server.wait_until_ready()
+    model = of_the_model(server)
+    model.suspend()
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+        asked = [asyncio.create_task(post(session, server.url, prompt=[300] * 1500, max_tokens=1)) for _ in range(200)]
+        async with asyncio.timeout(PATIENCE_SECONDS), session.get(server.url + "/health") as healthy:
+            assert healthy.status == 200
+        await asyncio.sleep(1)  # all are on their way
+        model.resume()
+        async with asyncio.timeout(60):
+            assert [response.status for response in await asyncio.gather(*asked)] == [200] * 200
+    assert server.metrics()["hf:request_total length"] == 200
+
+
 async def test_a_killed_server_leaves_no_model_behind(server: HfServer) -> None:
     server.wait_until_ready()
     model = of_the_model(server)
