@@ -2,25 +2,34 @@
 
 For each arrival process and rate, with a server that answers at once and with one that takes three seconds: the rate
 that was achieved, the coefficient of variation of the gaps between sends (1 for Poisson, 0 for constant), and how late
-requests were sent. The client has one core, the reference server another.
+requests were sent. The client has one core, the reference server another. For each rate also the same of an alarm that
+sends nothing: what the timers of this machine allow.
 """
 
 import argparse
 import itertools
 import json
+import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from resource import RLIMIT_NOFILE, getrlimit, setrlimit
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from experiment.environment import describe
 from loadtest import records
+from loadtest.alarm import Alarm
 from loadtest.reference.probe import reference
+from loadtest.selfcheck import go_first
 
 LOCUSTFILE = Path(records.__file__).with_name("locustfile.py")
 QUICK_SECONDS, SLOW_SECONDS = 0.001, 3.0
@@ -71,6 +80,27 @@ def measure(arrival: str, rate: float, server_seconds: float, seconds: float, co
         return analyse(arrival, rate, server_seconds, list(records.read(Path(folder) / "records.arrow")))
 
 
+def measure_alarm(rate: float, seconds: float, core: int) -> Result:
+    """Wait for each moment of a constant schedule, alone on the core, and do nothing."""
+    with get_context("spawn").Pool(1, partial(os.sched_setaffinity, 0, {core})) as pool:
+        due, rang = np.array(pool.apply(ring, (rate, seconds))) / 1e9
+    late = np.quantile(rang - due, (0.5, 0.99, 1)).tolist()
+    return Result("alarm", rate, 0, len(due), 0, 0, variation(due), variation(rang), *late)
+
+
+def ring(rate: float, seconds: float) -> tuple[list[int], list[int]]:
+    """When an alarm should have rung and when it did (CLOCK_MONOTONIC ns)."""
+    begun = time.monotonic_ns() + 100_000_000
+    due = [begun + round(number * 1e9 / rate) for number in range(int(rate * seconds))]
+    rang = []
+    go_first()
+    with closing(Alarm()) as alarm:
+        for moment in due:
+            alarm.wait_until(moment)
+            rang.append(time.monotonic_ns())
+    return due, rang
+
+
 def analyse(arrival: str, rate: float, server_seconds: float, kept: Sequence[records.Record]) -> Result:
     """Figures of one run from its records."""
     scheduled = np.array(sorted(record.scheduled_ns or 0 for record in kept)) / 1e9
@@ -80,14 +110,14 @@ def analyse(arrival: str, rate: float, server_seconds: float, kept: Sequence[rec
     error = (len(sent) - 1) / (sent[-1] - sent[0]) / ((len(scheduled) - 1) / (scheduled[-1] - scheduled[0])) - 1
     return Result(
         *(arrival, rate, server_seconds, len(kept), sum(bool(record.error) for record in kept), float(error)),
-        *(variation(scheduled.tolist()), variation(sent.tolist())),
+        *(variation(scheduled), variation(sent)),
         *(float(value) for value in np.quantile(late, (0.5, 0.99, 1))),
     )
 
 
-def variation(times: Sequence[float]) -> float:
+def variation(times: ArrayLike) -> float:
     """Coefficient of variation of the gaps: standard deviation over mean."""
-    gaps = np.array([later - earlier for earlier, later in itertools.pairwise(times)])
+    gaps = np.diff(times)
     return float(gaps.std() / gaps.mean())
 
 
@@ -114,9 +144,12 @@ def main() -> int:
     results: list[Result] = []
     print("arrival     rate/s  server s  requests  failed  rate error   planned  CV gaps  late ms p50, p99, max")
     try:
-        for arrival, rate in itertools.product(given.arrivals.split(","), map(float, given.rates.split(","))):
-            for server_seconds in (QUICK_SECONDS, SLOW_SECONDS):
-                results.append(measure(arrival, rate, server_seconds, given.seconds, (client, server)))
+        for rate in map(float, given.rates.split(",")):
+            runs = [partial(measure_alarm, rate, given.seconds, client)]
+            for arrival, answer in itertools.product(given.arrivals.split(","), (QUICK_SECONDS, SLOW_SECONDS)):
+                runs.append(partial(measure, arrival, rate, answer, given.seconds, (client, server)))
+            for run in runs:
+                results.append(run())
                 print(line(results[-1]), flush=True)
     except KeyboardInterrupt:
         return 130

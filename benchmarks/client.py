@@ -3,13 +3,16 @@
 Every client sends the same load to the reference server (`loadtest.reference`) in the same run: requests spread evenly
 over two seconds, TTFT 50 ms, a token every 20 ms, one token a chunk. A few requests before them are left out. The
 client has one core, the server another. What the client reports is held against the stamps of the server, whose time to
-first token is its first send minus its receipt of the request.
+first token is its first send minus its receipt of the request. A C program that only receives (needs `cc`) shows the
+limit of the server and the least that a client costs.
 """
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -27,7 +30,8 @@ TTFT_SECONDS, ITL_SECONDS = 0.05, 0.02
 #: Limits of the difference in p99 of TTFT, in seconds; accuracy is measured at half of the capacity under the first.
 TTFT_LIMITS = (0.001, 0.005)
 LEAST_STREAMS = 8
-CPU_STREAMS = 256
+CPU_STREAMS, CPU_TRIES = 256, 3
+DRAIN = Path(__file__).parent / "peers" / "drain.c"
 
 
 @dataclass(frozen=True)
@@ -73,40 +77,70 @@ def measure(bench: Bench, name: str, repeat: int, session: Session) -> Result:
     try:
         for limit in TTFT_LIMITS:
             result.capacity[limit] = capacity(session, limit, bench.most_streams, bench.resolution)
-        idle, busy = session.probe(1), session.probe(CPU_STREAMS)
-        if not busy.failed:
-            tokens = (CPU_STREAMS - 1) * bench.tokens
-            result.cpu_per_1000_tokens = (busy.cpu - idle.cpu) / tokens * 1000
+        result.cpu_per_1000_tokens = cpu_per_1000_tokens(bench, session)
         result.half = session.probe(max(1, result.capacity[TTFT_LIMITS[0]] // 2))
     except UnavailableError as error:
         result.reason = str(error)
     return result
 
 
-def server_limit(bench: Bench, url: str) -> int:
-    """The most streams, by doubling, that the server keeps to its schedule for a client that only drains them."""
-    module = [sys.executable, "-m", "benchmarks.peers.drain", url]
-    good, streams = 0, LEAST_STREAMS
-    while streams <= 2 * bench.most_streams:
-        for _ in range(TRIES):
-            since = stamps(url)[0]["next"]
-            command = ["taskset", "-c", str(bench.cores[0]), *module, str(streams), str(bench.tokens)]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=bench.timeout, check=True)
-            late = stamps(url, since)[0]["lateness_seconds"]["p99"]
-            if int(done.stdout) == streams and late <= LATENESS_LIMIT:
+def cpu_per_1000_tokens(bench: Bench, session: Session) -> float | None:
+    """CPU seconds that 1,000 tokens cost, beyond what it costs to start and send one request; medians of some tries."""
+    idle, busy = zip(*((session.probe(1), session.probe(CPU_STREAMS)) for _ in range(CPU_TRIES)), strict=True)
+    if any(probe.failed for probe in (*idle, *busy)):
+        return None
+    extra: float = median(probe.cpu for probe in busy) - median(probe.cpu for probe in idle)
+    return extra / ((CPU_STREAMS - 1) * bench.tokens) * 1000
+
+
+class Drain:
+    """The C program that takes what the server sends and keeps nothing; raises OSError without a compiler."""
+
+    def __init__(self, bench: Bench, url: str, folder: Path):
+        compiler = shutil.which("cc")
+        if compiler is None:
+            raise OSError("cc: not found: a C compiler is needed for benchmarks/peers/drain.c (Debian: gcc, libc6-dev)")
+        self._bench, self._url, self._program = bench, url, folder / "drain"
+        subprocess.run([compiler, "-O2", "-o", self._program, DRAIN], check=True)
+
+    def run(self, streams: int) -> tuple[bool, float]:
+        """Take so many streams: whether the server kept its schedule, and our CPU seconds."""
+        since = stamps(self._url)[0]["next"]
+        sizes = (streams, self._bench.tokens, ARRIVAL_SECONDS)
+        command = ["taskset", "-c", str(self._bench.cores[0]), str(self._program), self._url.rpartition(":")[2]]
+        command += map(str, sizes)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=self._bench.timeout, check=True)
+        ended, cpu = done.stdout.split()
+        late = stamps(self._url, since)[0]["lateness_seconds"]["p99"]
+        return int(ended) == streams and late <= LATENESS_LIMIT, float(cpu)
+
+    def server_limit(self) -> int:
+        """The most streams, by doubling, that the server keeps to its schedule."""
+        good, streams = 0, LEAST_STREAMS
+        while streams <= 2 * self._bench.most_streams:
+            if any(self.run(streams)[0] for _ in range(TRIES)):
                 good = streams
-                break
-        streams *= 2
-    return good
+            streams *= 2
+        return good
+
+    def cpu_per_1000_tokens(self) -> float:
+        """CPU seconds that 1,000 tokens cost, the median of tries."""
+        cpu = median(self.run(CPU_STREAMS)[1] for _ in range(CPU_TRIES))
+        return cpu / (CPU_STREAMS * self._bench.tokens) * 1000
 
 
 def run(bench: Bench, results: list[Result]) -> None:
     """Measure all clients in order, then in the reverse order, by turns; adds to the results."""
     tokenizer = resolve("random:tiny").source
-    with reference(bench.cores[1], TTFT_SECONDS, ITL_SECONDS) as url:
-        alone = tokens_per_second(server_limit(bench, url))
+    with (
+        tempfile.TemporaryDirectory(prefix="drain-") as folder,
+        reference(bench.cores[1], TTFT_SECONDS, ITL_SECONDS) as url,
+    ):
+        drain = Drain(bench, url, Path(folder))
+        alone = tokens_per_second(drain.server_limit())
         print(f"the server alone, within {LATENESS_LIMIT * 1e3:g} ms of its schedule: {alone:,.0f} tokens/s")
         for repeat in range(bench.repeats):
+            results.append(Result("epoll in C", repeat, cpu_per_1000_tokens=drain.cpu_per_1000_tokens()))
             for name in bench.clients[:: -1 if repeat % 2 else 1]:
                 base = Load(url, 0, bench.tokens, tokenizer, Path())
                 session = Session(CLIENTS[name], base, bench.cores[0], bench.timeout)
@@ -181,6 +215,9 @@ def main() -> int:
         run(bench, results)
     except KeyboardInterrupt:
         return 130
+    except OSError as error:
+        print(f"benchmarks.client: {error}", file=sys.stderr)
+        return 1
     finally:
         print(table(results))
         if out:

@@ -27,9 +27,23 @@ def read_events(stream: bytes) -> Iterator[tuple[int, bytes]]:
 
 def read_pieces(pieces: Sequence[tuple[int, bytes]]) -> Iterator[tuple[int, bytes]]:
     """Yield the data of each event of a stream that came in pieces, with the stamp of the piece that held its end."""
-    ends = list(accumulate(len(piece) for _, piece in pieces))
-    for end, data in read_events(b"".join(piece for _, piece in pieces)):
-        yield pieces[bisect_left(ends, end)][0], data
+    whole = 0
+    for stamp, piece in pieces:  # nearly always each is one event
+        if not _is_event(piece):
+            break
+        yield stamp, piece[6:-2]
+        whole += 1
+    else:
+        return
+    rest = pieces[whole:]
+    ends = list(accumulate(len(piece) for _, piece in rest))
+    for end, data in read_events(b"".join(piece for _, piece in rest)):
+        yield rest[bisect_left(ends, end)][0], data
+
+
+def _is_event(piece: bytes) -> bool:
+    """Whether it is one event of one line, which ends with it."""
+    return piece.startswith(b"data: ") and piece.endswith(b"\n\n") and piece.count(b"\n") == 2 and b"\r" not in piece
 
 
 def _read_lines(stream: bytes, end: int) -> Iterator[tuple[int, bytes]]:

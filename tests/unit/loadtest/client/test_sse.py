@@ -1,10 +1,12 @@
 """Server-sent events from the bytes of a whole stream."""
 
+from itertools import accumulate, pairwise
+
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from loadtest.client.sse import read_events
+from loadtest.client.sse import read_events, read_pieces
 
 STREAM = "data: é€😀\n\n: comment\n\nevent: x\ndata: one\ndata:two\n\ndata: [DONE]\n\n"
 STREAM_EVENTS = ["é€😀", "one\ntwo", "[DONE]"]
@@ -50,6 +52,24 @@ def test_an_event_ends_with_the_last_byte_of_its_empty_line(ending: str) -> None
         assert [one for _, one in read_events(stream[:end])][-1] == data
         before_its_empty_line = stream[: end - len(ending)]
         assert len(list(read_events(before_its_empty_line))) == number - 1
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.lists(st.sampled_from([b"data: a\n\n", b"data: \n\n", b"data: \xe2\x82\xac\n\n", STREAM.encode()])), st.data()
+)
+@example([b"data: a\n\n", b"data:b\r\n\r\ndata: c\n\n"], None)
+def test_an_event_has_the_stamp_of_the_piece_that_held_its_end_wherever_the_stream_was_cut(
+    parts: list[bytes], data: st.DataObject | None
+) -> None:
+    stream = b"".join(parts)
+    places = list(accumulate(len(part) for part in parts))
+    if data:  # also where a part ends: pieces of one event are read in a way of their own
+        places = data.draw(st.lists(st.sampled_from(places) | st.integers(0, len(stream)))) if places else []
+    cuts = sorted({0, *places, len(stream)})
+    pieces = [(end, stream[begin:end]) for begin, end in pairwise(cuts)]
+    expected = [(next(cut for cut in cuts if cut >= end), event) for end, event in read_events(stream)]
+    assert list(read_pieces(pieces)) == expected
 
 
 def test_an_event_without_its_empty_line_is_not_given() -> None:
