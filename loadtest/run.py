@@ -5,7 +5,7 @@ import json
 import os
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -50,13 +50,8 @@ class Watcher(Protocol):
 
 @dataclass(frozen=True)
 class Share:
-    """The part of a run that is this process's: every `of`-th request, from the `rank`-th on.
+    """A process's part of one target's requests: every `of`-th, from the `rank`-th on."""
 
-    All processes of a run have the same `start_ns` (CLOCK_MONOTONIC), from which arrivals are counted, and `run_id`.
-    """
-
-    start_ns: int
-    run_id: str
     rank: int = 0
     of: int = 1
 
@@ -69,9 +64,23 @@ class Share:
         return sum(min(turns, total - first) for first in range(self.rank * turns, total, self.of * turns))
 
 
-def whole() -> Share:
+@dataclass(frozen=True)
+class Part:
+    """What one process does of a run: its share of each target's requests, none where it is not among the targets.
+
+    All processes of a run have the same `start_ns` (CLOCK_MONOTONIC), from which arrivals are counted, and `run_id`.
+    """
+
+    start_ns: int
+    run_id: str
+    shares: dict[str, Share]
+    worker: int = 0
+
+
+def whole(targets: Iterable[str]) -> Part:
     """All of a run that starts now."""
-    return Share(time.monotonic_ns() + int(START_SECONDS * 1e9), os.urandom(4).hex())
+    start_ns = time.monotonic_ns() + int(START_SECONDS * 1e9)
+    return Part(start_ns, os.urandom(4).hex(), {target: Share() for target in targets})
 
 
 class Run:
@@ -85,17 +94,17 @@ class Run:
     def __init__(
         self,
         options: Options,
-        targets: list[str],
-        share: Share,
+        part: Part,
         keep: Callable[[bytes], None],
         on_end: Callable[[Exception | None], None],
         watcher: Watcher | None = None,
     ):
-        self.options, self._share = options, share
+        self.options, self._part = options, part
         self._keep, self._on_end, self._watcher = keep, on_end, watcher
         self._total = options.total
-        schedules = {target: schedule(options) for target in targets}
-        self._requests = {t: WORKLOADS[options.workload](options, share.rank, share.of) for t in targets}
+        shares = part.shares
+        schedules = {target: schedule(options) for target in shares}
+        self._requests = {t: WORKLOADS[options.workload](options, s.rank, s.of) for t, s in shares.items()}
         self._receiver = Receiver(options.stamps)
         self._idle: defaultdict[str, list[Connection]] = defaultdict(list)
         self._models: dict[str, str] = {}
@@ -103,8 +112,10 @@ class Run:
         self._handed_out: Counter[str] = Counter()
         self._ended: Counter[str] = Counter()
         self._measuring = False
-        planned = None if self._total is None else share.size(self._total, options.turns)
-        self._planned = dict.fromkeys(targets, planned)
+        self._planned = {
+            target: None if self._total is None else share.size(self._total, options.turns)
+            for target, share in shares.items()
+        }
         self._pending: list[Record] = []
         # A larger collection walks all that Locust has loaded, or all requests in flight: the loop would stand still
         # for tens of milliseconds each time. Nothing here makes cycles that grow old.
@@ -114,14 +125,16 @@ class Run:
         make_room_for_connections()
         self._self_check = SelfCheck()
         self._greenlets: list[gevent.Greenlet[..., None]] = [gevent.spawn(self._flush_regularly)]
-        if planned == 0:
+        if not any(self._planned[target] is None or self._planned[target] for target in shares):
             self._greenlets.append(gevent.spawn(self._end_if_done))
         for target, offsets in schedules.items():
             if offsets:
                 self._greenlets.append(self._watched(gevent.spawn(self._dispatch, target, offsets)))
 
     def next_request(self, target: str) -> Request | None:
-        """The next request for a target, or None when all were handed out."""
+        """The next request for a target, or None when all were handed out, or others send them."""
+        if target not in self._requests:
+            return None
         request = next(self._requests[target], None)
         if request is None or self._is_past_end(request):
             if self._planned[target] is None and self.options.arrival == "closed":
@@ -156,11 +169,11 @@ class Run:
         path = PATHS[self.options.endpoint]
         if self._watcher:
             self._watcher.begin(target)
-        exchange = connection.post(path, body, f"{self._share.run_id}-{request.index}")
+        exchange = connection.post(path, body, f"{self._part.run_id}-{request.index}")
         retries, first_ns = 0, exchange.sent_ns
         while retries < self.options.retries and exchange.error != "cancelled" and _error_of(exchange) in RETRIED:
             retries += 1
-            exchange = connection.post(path, body, f"{self._share.run_id}-{request.index}-{retries}")
+            exchange = connection.post(path, body, f"{self._part.run_id}-{request.index}-{retries}")
         exchange.sent_ns = first_ns
         self._idle[target].append(connection)
         record = make_record(
@@ -168,7 +181,7 @@ class Run:
             exchange,
             target=target,
             phase=self._phase(request),
-            worker=self._share.rank,
+            worker=self._part.worker,
             retries=retries,
             scheduled_ns=scheduled_ns,
         )
@@ -193,7 +206,7 @@ class Run:
                 connection.close()
         self._receiver.close()
         return {
-            "worker": self._share.rank,
+            "worker": self._part.worker,
             **self._self_check.finish(),
             "requests_ended": dict(self._ended),
             "skipped_lines": dict(skipped(self.options)),
@@ -221,11 +234,11 @@ class Run:
         connection.open()
         self._idle[target].append(connection)
         with closing(Alarm()) as alarm:
-            for offset in self._share.pick(offsets):
+            for offset in self._part.shares[target].pick(offsets):
                 request = self.next_request(target)
                 if request is None:
                     break
-                due_ns = self._share.start_ns + round(offset * 1e9)
+                due_ns = self._part.start_ns + round(offset * 1e9)
                 alarm.wait_until(due_ns)
                 self._in_flight.start(self._watched(gevent.Greenlet(self.perform, target, request, due_ns)))
         self._plan(target)

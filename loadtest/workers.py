@@ -7,7 +7,7 @@ second.
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,11 @@ from locust.runners import STATE_MISSING, MasterRunner, WorkerRunner
 
 from loadtest.keeper import Keeper
 from loadtest.options import Options, check
-from loadtest.run import Run, Share, Watcher, whole
+from loadtest.run import Part, Run, Share, Watcher, whole
 from loadtest.users import TargetUser
 
-SHARE, RECORDS, DONE, FINISH, FINISHED = (
-    f"headroom_{name}" for name in ("share", "records", "done", "finish", "finished")
+PART, RECORDS, DONE, FINISH, FINISHED = (
+    f"headroom_{name}" for name in ("part", "records", "done", "finish", "finished")
 )
 RECORDS_LOST, WORKERS_LOST = 3, 4
 FINISH_SECONDS = 10.0
@@ -30,17 +30,15 @@ WATCH_SECONDS = 0.5
 
 
 class Sender:
-    """Sends this process's share; `tell` takes it to the keeper of the records, which may be this process."""
+    """Sends this process's part; `tell` takes it to the keeper of the records, which may be this process."""
 
     def __init__(self, environment: Environment, tell: Callable[[str, Any], None], watcher: Watcher):
         self._environment, self._tell, self._watcher = environment, tell, watcher
 
-    def start(self, share: Share, targets: list[str]) -> None:
+    def start(self, part: Part) -> None:
         """Begin to send; raises ValueError for options that do not work here."""
         options = _options(self._environment)
-        TargetUser.current = Run(
-            options, targets, share, lambda batch: self._tell(RECORDS, batch), self._end, self._watcher
-        )
+        TargetUser.current = Run(options, part, lambda batch: self._tell(RECORDS, batch), self._end, self._watcher)
 
     def finish(self) -> None:
         """End what is under way, and pass on the last records and this process's own figures."""
@@ -71,15 +69,23 @@ class Coordinator:
         """The file of records of the latest run."""
         return self._keeper.path if self._keeper else None
 
-    def start(self, options: Options, nodes: list[str]) -> dict[str, Share]:
-        """Open the records' file and share the run out among the nodes; raises OSError."""
+    def start(self, options: Options, targets: Sequence[str], senders: dict[str, set[str]]) -> dict[str, Part]:
+        """Open the records' file and share the run out; raises OSError.
+
+        `senders`: the nodes, each with the targets that it can send to.
+        """
         self.forget()
         self._keeper = Keeper(options)
-        self._ranks = {node: rank for rank, node in enumerate(nodes)}
+        self._ranks = {node: rank for rank, node in enumerate(senders)}
         self._done, self._summaries, self._lost = set(), {}, set()
         print(f"loadtest: records go to {self._keeper.path}", flush=True)
-        share = whole()
-        return {node: replace(share, rank=rank, of=len(nodes)) for node, rank in self._ranks.items()}
+        shares: dict[str, dict[str, Share]] = {node: {} for node in senders}
+        for target in targets:
+            able = [node for node, reached in senders.items() if target in reached]
+            for rank, node in enumerate(able):
+                shares[node][target] = Share(rank, len(able))
+        run = whole(targets)
+        return {node: replace(run, shares=shares[node], worker=rank) for node, rank in self._ranks.items()}
 
     def forget(self) -> None:
         """Have nothing to finish: no run, or one that did not begin."""
@@ -173,7 +179,7 @@ def install(environment: Environment, watcher: Watcher) -> Coordinator:
     if isinstance(runner, WorkerRunner):
         worker = Sender(environment, lambda kind, data: runner.send_message(kind, {"data": data}), watcher)
         orders: list[dict[str, Any]] = []
-        runner.register_message(SHARE, lambda msg, **_: orders.append(msg.data))
+        runner.register_message(PART, lambda msg, **_: orders.append(msg.data))
         runner.register_message(FINISH, lambda **_: runner.stop())
         events.test_start.add_listener(lambda **_: _start_worker(worker, orders))
         events.test_stop.add_listener(lambda **_: worker.finish())
@@ -196,16 +202,32 @@ def _options(environment: Environment) -> Options:
     return check(vars(environment.parsed_options))
 
 
-def _require_users_everywhere(options: Options, targets: list[str], workers: int, users: int) -> None:
-    """Raise ValueError where a worker would have no user to send its share: in a closed loop users send."""
-    if options.arrival != "closed" or workers == 1:
-        return
-    if len(targets) > 1:
+def _senders(
+    environment: Environment, master: MasterRunner, options: Options, targets: list[str]
+) -> dict[str, set[str]]:
+    """The workers, each with the targets that it can send to: in an open loop all, in a closed loop its users'.
+
+    Raises ValueError for a target without a user.
+    """
+    clients = master.clients
+    workers = clients.ready + clients.running + clients.spawning
+    if options.arrival != "closed":
+        return {worker.id: set(targets) for worker in workers}
+    # Where Locust is about to place the users, by its own dispatcher, which is the same whenever it is asked.
+    dispatcher = environment.dispatcher_class(workers, environment.user_classes)
+    dispatcher.new_dispatch(master.target_user_count, max(1, master.target_user_count))
+    *_, placed = dispatcher
+    kinds = {kind.__name__: kind.target for kind in environment.user_classes if issubclass(kind, TargetUser)}
+    senders = {
+        worker.id: {target for name, target in kinds.items() if placed[worker.id].get(name)} for worker in workers
+    }
+    if idle := set(targets) - set().union(*senders.values()):
+        users = master.target_user_count
+        names = ", ".join(sorted(idle))
         raise ValueError(
-            "in a closed loop several workers load one server at a time: choose HF or VLLM, or an open loop"
+            f"users: {users}: in a closed loop expected at least one for each server, not none for {names}"
         )
-    if users < workers:
-        raise ValueError(f"users: {users}: in a closed loop expected at least one for each of the {workers} workers")
+    return senders
 
 
 def _targets(environment: Environment) -> list[str]:
@@ -216,29 +238,27 @@ def _start_worker(worker: Sender, orders: list[dict[str, Any]]) -> None:
     if orders:  # else it came when the run was shared out already
         order = orders.pop()
         orders.clear()
-        worker.start(Share(**order["share"]), order["targets"])
+        shares = {target: Share(**share) for target, share in order["shares"].items()}
+        worker.start(Part(**order | {"shares": shares}))
 
 
 def _start_here(environment: Environment, coordinator: Coordinator, local: Sender) -> None:
     try:
-        share = coordinator.start(_options(environment), ["local"])["local"]
-        local.start(share, _targets(environment))
+        targets = _targets(environment)
+        local.start(coordinator.start(_options(environment), targets, {"local": set(targets)})["local"])
     except (OSError, ValueError) as error:
         coordinator.forget()
         coordinator.fail(f"its records cannot be kept: {error}" if isinstance(error, OSError) else error)
 
 
 def _share_out(environment: Environment, master: MasterRunner, coordinator: Coordinator) -> None:
-    clients = master.clients
-    nodes = [node.id for node in clients.ready + clients.running + clients.spawning]
     try:
         options, targets = _options(environment), _targets(environment)
-        _require_users_everywhere(options, targets, len(nodes), master.target_user_count)
-        shares = coordinator.start(options, nodes)
+        parts = coordinator.start(options, targets, _senders(environment, master, options, targets))
     except (OSError, ValueError) as error:
         coordinator.forget()
         coordinator.fail(f"its records cannot be kept: {error}" if isinstance(error, OSError) else error)
         return
-    for node, share in shares.items():
-        master.send_message(SHARE, {"share": asdict(share), "targets": targets}, node)
+    for node, part in parts.items():
+        master.send_message(PART, asdict(part), node)
     coordinator.watch(master)

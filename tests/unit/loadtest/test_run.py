@@ -17,7 +17,7 @@ import pytest
 
 from loadtest.options import Options
 from loadtest.records import Record, RecordFile, read
-from loadtest.run import FLUSH_SECONDS, START_SECONDS, Run, Share, whole
+from loadtest.run import FLUSH_SECONDS, START_SECONDS, Part, Run, Share, whole
 from loadtest.selfcheck import SelfCheck
 
 ANSWER_ID = 777
@@ -93,11 +93,9 @@ def kept() -> Kept:
 
 @pytest.fixture
 def begin(kept: Kept, url: str) -> Begin:
-    def begin(*targets: str, share: Share | None = None, **options: Any) -> Run:
+    def begin(*targets: str, part: Part | None = None, **options: Any) -> Run:
         servers = {"hf_url": url, "vllm_url": url, "model": "m"}
-        return Run(
-            Options(**(servers | options)), list(targets), share or whole(), kept.batches.append, kept.ends.append
-        )
+        return Run(Options(**(servers | options)), part or whole(targets), kept.batches.append, kept.ends.append)
 
     return begin
 
@@ -143,15 +141,33 @@ def test_without_a_number_of_requests_there_is_always_another(begin: Begin) -> N
 
 @pytest.mark.parametrize("of", [1, 2, 3, 7])
 def test_shares_hand_out_every_request_once_and_end_by_themselves(begin: Begin, kept: Kept, of: int) -> None:
-    everything = whole()
     for rank in range(of):
-        run = begin("hf", share=replace(everything, rank=rank, of=of), requests=5)
+        part = replace(whole(["hf"]), shares={"hf": Share(rank, of)}, worker=rank)
+        run = begin(part=part, requests=5)
         perform_all(run, "hf")
         gevent.sleep(0)
         run.close()
     assert sorted(record.index for record in kept.records()) == list(range(5))
     assert all(record.worker == record.index % of for record in kept.records())
     assert kept.ends == [None] * of
+
+
+def test_a_process_without_users_of_a_server_sends_it_nothing_and_waits_for_the_others_only(
+    begin: Begin, kept: Kept
+) -> None:
+    run = begin(part=replace(whole(["hf"]), shares={"vllm": Share()}), requests=2)
+    assert run.next_request("hf") is None
+    perform_all(run, "vllm")
+    run.close()
+    assert [record.target for record in kept.records()] == ["vllm", "vllm"]
+    assert kept.ends == [None]
+
+
+def test_a_process_without_any_user_is_done_at_once(begin: Begin, kept: Kept) -> None:
+    run = begin(part=whole([]), requests=2)
+    gevent.sleep(0)
+    run.close()
+    assert kept.ends == [None]
 
 
 def test_the_run_ends_once_with_the_last_record_of_every_server(begin: Begin, kept: Kept) -> None:
@@ -180,7 +196,7 @@ def test_the_run_ends_with_the_failure_when_records_cannot_be_kept(url: str) -> 
         raise OSError("no space left")
 
     ends: list[Exception | None] = []
-    run = Run(Options(hf_url=url, model="m", requests=2), ["hf"], whole(), refuse, ends.append)
+    run = Run(Options(hf_url=url, model="m", requests=2), whole(["hf"]), refuse, ends.append)
     perform_all(run, "hf")
     run.close()
     assert [str(end) for end in ends] == ["no space left"]
@@ -255,7 +271,7 @@ def test_a_run_that_is_stopped_while_a_server_does_not_say_its_models_sends_noth
     with socket.create_server(("127.0.0.1", 0)) as silent:
         address = f"http://127.0.0.1:{silent.getsockname()[1]}"
         options = Options(hf_url=address, arrival="constant", rate=50)
-        run = Run(options, ["hf"], whole(), kept.batches.append, kept.ends.append)
+        run = Run(options, whole(["hf"]), kept.batches.append, kept.ends.append)
         gevent.sleep(0.2)
         begun = time.monotonic()
         run.close()
