@@ -20,14 +20,19 @@ class Keeper:
 
     def __init__(self, options: Options):
         self.path = Path(options.records) if options.records else _default_path()
+        # Two runs may keep their records in one folder.
+        self.summary = self.path.with_name("client.json" if self.path.stem == "records" else f"{self.path.stem}.json")
         self._file = RecordFile(self.path)
         self.write = self._file.write
 
-    def close(self, processes: Sequence[dict[str, Any]], lost: Sequence[int]) -> dict[str, Any]:
-        """Write client.json and return it: each process's figures, the worst of each, and what is against the run."""
+    def close(self, processes: Sequence[dict[str, Any]], lost: Sequence[int], complete: bool) -> dict[str, Any]:
+        """Write client.json and return it: each process's figures, the worst of each, and what is against the run.
+
+        `complete`: it was not stopped before all was sent and answered.
+        """
         self._file.close()
-        report = summarize(processes, lost, known_limit())
-        self.path.with_name("client.json").write_text(json.dumps(report, indent=2) + "\n")
+        report = {"complete": complete, **summarize(processes, lost, known_limit())}
+        self.summary.write_text(json.dumps(report, indent=2) + "\n")
         return report
 
 

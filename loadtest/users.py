@@ -56,8 +56,13 @@ class Table:
         self.begin, self.client = live.begin, live.client
 
     def add(self, record: Record) -> None:
-        """Count a request; its response time in the table is the end-to-end latency, in ms."""
+        """Count a request; its response time in the table is the end-to-end latency, in ms.
+
+        One that was cut off by the end of the test is a record, but neither a success nor a failure of the server.
+        """
         self._live.add(record)
+        if record.error == "cancelled":
+            return
         end_ns = record.chunk_ns[-1] if record.chunk_ns else record.end_ns
         self._environment.events.request.fire(
             request_type="POST",

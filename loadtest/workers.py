@@ -154,7 +154,8 @@ class Coordinator:
             )
             self._environment.process_exit_code = WORKERS_LOST
         try:
-            report = self._keeper.close(list(self._summaries.values()), lost)
+            complete = self._done >= self._ranks.keys() and not self._failed
+            report = self._keeper.close(list(self._summaries.values()), lost, complete)
             for reason in report["reasons"]:
                 print(f"loadtest: the run is not valid: {reason}", file=sys.stderr, flush=True)
         except OSError as error:

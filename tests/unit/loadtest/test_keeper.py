@@ -61,11 +61,18 @@ def test_without_a_calibration_no_rate_is_too_high() -> None:
 def test_the_files_of_a_run_lie_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(keeper, "known_limit", lambda: 500.0)
     kept = Keeper(Options(records=str(tmp_path / "run" / "records.arrow")))
-    returned = kept.close([process()], [])
+    returned = kept.close([process()], [], True)
     assert list(read(tmp_path / "run" / "records.arrow")) == []
     assert json.loads((tmp_path / "run" / "client.json").read_text()) == returned
     assert returned["calibrated_chunks_per_second"] == 500.0
     assert returned["valid"] is False
+
+
+def test_runs_that_share_a_folder_leave_a_summary_each(tmp_path: Path) -> None:
+    for name, complete in (("one", True), ("two", False)):
+        Keeper(Options(records=str(tmp_path / f"{name}.arrow"))).close([process()], [], complete)
+    found = {name: json.loads((tmp_path / f"{name}.json").read_text())["complete"] for name in ("one", "two")}
+    assert found == {"one": True, "two": False}
 
 
 def test_a_run_without_a_name_gets_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -202,16 +202,18 @@ def test_a_whole_run_keeps_every_record_and_ends_by_itself(programs: Programs, a
     assert {body["model"] for body in asked} == {"first"}
     summary = json.loads((programs.folder / "whole" / "client.json").read_text())
     assert summary["requests_ended"] == {"hf": 7}
+    assert summary["complete"] is True
 
 
 def test_requests_that_wait_when_the_run_ends_are_records_too(programs: Programs) -> None:
     assert all(Handler.stalled.acquire(timeout=20) for _ in range(2))
     programs.stop("stalled")
-    _, _, errors = programs.ended("stalled")
-    assert "Traceback" not in errors
+    code, _, errors = programs.ended("stalled")
+    assert (code, "Traceback" in errors) == (0, False)
     records = programs.records("stalled")
     assert sorted((record.index, record.error) for record in records) == [(0, "cancelled"), (1, "cancelled")]
     assert all(record.end_ns > record.sent_ns for record in records)
+    assert json.loads((programs.folder / "stalled" / "client.json").read_text())["complete"] is False
 
 
 def test_a_full_disk_ends_it_with_3_and_says_so_without_a_traceback(programs: Programs) -> None:

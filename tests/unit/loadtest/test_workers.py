@@ -103,6 +103,7 @@ def test_workers_send_every_request_once_and_leave_one_file(deploy: Deploy, work
     assert Counter(record.phase for record in records) == {"warmup": 3, "measured": 50}
     client = fleet.client()
     assert client["lost_workers"] == []
+    assert client["complete"] is True
     assert client["valid"] is not bool(client["reasons"])  # on a busy machine the workers may have been late
     assert client["requests_ended"] == {"hf": 53}
     assert sorted(process["worker"] for process in client["processes"]) == list(range(workers))
@@ -152,6 +153,7 @@ def test_a_run_that_is_stopped_keeps_the_last_records_of_its_workers(deploy: Dep
     assert errors["cancelled"] == 4
     assert errors.keys() == {None, "cancelled"}
     assert sum(fleet.client()["requests_ended"].values()) == errors.total()
+    assert fleet.client()["complete"] is False
 
 
 @pytest.mark.parametrize("users", [2, 7])
