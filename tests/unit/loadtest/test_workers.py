@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -14,6 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from loadtest.records import Record, count, read
@@ -31,16 +33,22 @@ def server() -> Iterator[str]:
         process.terminate()
 
 
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port: int = listener.getsockname()[1]
+        return port
+
+
 class Fleet:
     """A master and its workers in a folder."""
 
     def __init__(self, folder: Path, url: str, workers: int, options: str, stack: ExitStack):
         self.folder = folder
-        with socket.create_server(("127.0.0.1", 0)) as listener:
-            port = listener.getsockname()[1]
+        port = free_port()
         # A lost worker is noticed after this many seconds without a sign of life.
         environment = {"LOCUST_HEARTBEAT_LIVENESS": "2"}
-        fixed = f"--headless --only-summary --model m --records records.arrow --hf-url {url} --vllm-url {url}"
+        shown = "" if "--autostart" in options else "--headless"
+        fixed = f"{shown} --only-summary --model m --records records.arrow --hf-url {url} --vllm-url {url}"
         self.master = self._start(
             f"{fixed} {options} --master --master-bind-port {port} --expect-workers {workers}", environment, stack
         )
@@ -121,6 +129,33 @@ def test_the_whole_of_the_workers_is_one_evenly_spaced_process(deploy: Deploy) -
         assert {record.worker for record in own} == {0, 1}
         assert all(record.sent_ns >= time_ns for record, time_ns in zip(own, times, strict=True))
     assert fleet.client()["send_lateness_p99_seconds"] < 0.5
+
+
+def test_percentiles_merged_while_the_run_goes_on_are_those_of_all_records_to_1_percent(deploy: Deploy) -> None:
+    port = free_port()
+    lengths = "--workload synthetic --output-lengths uniform --output-mean 12"
+    fleet = deploy(
+        4, f"--autostart --web-port {port} --arrival poisson --rate 80 --requests 400 --warmup 9 {lengths} HF"
+    )
+    fleet.wait_for_records(409)
+    deadline = time.monotonic() + 20
+    live: dict[str, Any] = {}
+    while live.get("measured") != 400:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/servers.json", timeout=10) as answer:
+            live = json.load(answer)["run"].get("hf", {})
+    measured = [record for record in fleet.records() if record.phase == "measured"]
+    exact = {
+        "ttft": [record.ttft_seconds for record in measured],
+        "tpot": [record.tpot_seconds for record in measured],
+        "e2e": [record.e2e_seconds for record in measured],
+    }
+    for metric, found in exact.items():
+        values = [value for value in found if value is not None]
+        for share, percentile in zip((0.5, 0.95, 0.99), live["times"][metric], strict=True):
+            low, high = np.quantile(values, share, method="lower"), np.quantile(values, share, method="higher")
+            assert low * 0.99 <= percentile <= high * 1.01, (metric, share)
 
 
 def test_a_killed_worker_is_named_its_records_are_kept_and_the_exit_code_is_4(deploy: Deploy) -> None:
