@@ -1,26 +1,25 @@
 """Starts the monitor: `python -m monitor`."""
 
 import errno
+import logging
 import os
 import socket
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from functools import partial
 
 from aiohttp import web
-from prometheus_client import CollectorRegistry, Counter
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 from pydantic_settings import CliApp
 
-from monitor import nvml
 from monitor.app import Monitor, make_app
-from monitor.collector import TimelineCollector
+from monitor.gpu import Rates
+from monitor.gpus import Gpus
+from monitor.host import make_host
 from monitor.processes import Processes
-from monitor.sampler import Sampler, Task, samples
 from monitor.settings import VARIABLES, Settings, unknown_variables
-from monitor.timeline import Readings, Series, Timeline
+from monitor.timeline import Timeline
 
 
 def main(argv: Sequence[str]) -> int:
@@ -29,8 +28,7 @@ def main(argv: Sequence[str]) -> int:
         settings = CliApp.run(Settings, cli_args=list(argv))
     except ValidationError as error:
         for problem in error.errors():
-            option = str(problem["loc"][0]).replace("_", "-")
-            print(f"monitor: --{option}: {problem['input']}: {problem['msg']}", file=sys.stderr)
+            print(f"monitor: {complaint(problem)}", file=sys.stderr)
         return 2
     if unknown := unknown_variables(os.environ):
         print(f"monitor: {', '.join(unknown)}: no such setting; there are {', '.join(VARIABLES)}", file=sys.stderr)
@@ -43,6 +41,14 @@ def main(argv: Sequence[str]) -> int:
     go_first()
     serve(settings, listener)
     return 0
+
+
+def complaint(problem: ErrorDetails) -> str:
+    """Say in one line what is wrong with a setting, or with several together."""
+    if not problem["loc"]:
+        return problem["msg"].removeprefix("Value error, ")
+    option = str(problem["loc"][0]).replace("_", "-")
+    return f"--{option}: {problem['input']}: {problem['msg']}"
 
 
 def go_first() -> None:
@@ -70,8 +76,11 @@ def refusal(error: OSError, settings: Settings) -> str:
 
 def serve(settings: Settings, listener: socket.socket) -> None:
     """Sample and serve until a signal comes."""
-    monitor = make_monitor(settings, nvml.open_devices())
-    line = banner(settings, listener, monitor.devices)
+    logging.basicConfig(format="monitor: %(message)s", level=logging.WARNING)
+    # A thread that computes gives way to a sampler after this many seconds.
+    sys.setswitchinterval(0.0005)
+    monitor = make_monitor(settings)
+    line = banner(settings, listener, monitor)
     # aiohttp calls `print` once it answers and handles signals: whoever waits for the line can rely on both.
     web.run_app(
         make_app(monitor),
@@ -82,46 +91,23 @@ def serve(settings: Settings, listener: socket.socket) -> None:
     )
 
 
-def make_monitor(settings: Settings, devices: nvml.Devices) -> Monitor:
-    """Put the parts together: a sampler for the host, one for its shared memory, and one for each GPU."""
-    registry = CollectorRegistry()
-    errors = Counter("headroom_monitor_nvml_errors", "NVML calls that failed", ["call"], registry=registry)
-    for call in nvml.CALLS:
-        errors.labels(call)
-    timeline = Timeline(settings.minutes * 60 * settings.hz)
-    processes = Processes()
-
-    def read_gpu(device: nvml.Device) -> Readings:
-        return nvml.read(device, processes.servers(), lambda call: errors.labels(call).inc())
-
-    tasks = [host_task(processes), *(gpu_task(device.index, partial(read_gpu, device)) for device in devices.found)]
-    samplers = [Sampler(task.name, samples(task, timeline, settings.hz)) for task in tasks]
-    samplers.append(Sampler("shared", processes.read_shared(settings.max_cpu)))
-    TimelineCollector(timeline, devices.found, registry)
-    return Monitor(timeline, samplers, devices, registry, settings.hz)
+def make_monitor(settings: Settings) -> Monitor:
+    """Put the parts together."""
+    timeline, processes = Timeline(), Processes()
+    rates = Rates(settings.hz, settings.max_cpu, settings.minutes * 60)
+    return Monitor(timeline, make_host(timeline, processes, rates), Gpus(timeline, processes, rates), settings.hz)
 
 
-def host_task(processes: Processes) -> Task:
-    """Name what is sampled on every machine; the monitor's CPU counts all of it, its HTTP server included."""
-    lateness, cpu = Series("monitor_sample_lateness_seconds"), Series("monitor_cpu_seconds_total")
-    return Task("host", processes.read, lateness, cpu, cpu_clock=time.process_time)
-
-
-def gpu_task(gpu: int, read: Callable[[], Readings]) -> Task:
-    """Name what is sampled of a GPU."""
-    lateness, cpu = Series("monitor_sample_lateness_seconds", gpu=gpu), Series("monitor_gpu_cpu_seconds_total", gpu=gpu)
-    return Task(f"gpu{gpu}", read, lateness, cpu)
-
-
-def banner(settings: Settings, listener: socket.socket, devices: nvml.Devices) -> str:
+def banner(settings: Settings, listener: socket.socket, monitor: Monitor) -> str:
     """Say in one line where the monitor answers, what it watches, and why it watches no GPU."""
     host, port = listener.getsockname()[:2]
     place = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-    gpus = ", ".join(f"GPU {device.index} ({device.name})" for device in devices.found) or "no GPU"
-    reason = f" ({devices.reason})" if devices.reason else ""
+    found, reason = monitor.gpus.found, monitor.gpus.reason
+    gpus = ", ".join(f"GPU {gpu.gpu} ({gpu.identity.name})" for gpu in found.values()) or "no GPU"
     return (
-        f"monitor: {place} watches processes with HEADROOM_SERVER in their environment and {gpus}{reason}, "
-        f"{settings.hz} times a second, and keeps {settings.minutes} minutes"
+        f"monitor: {place} watches processes with HEADROOM_SERVER in their environment and {gpus}"
+        f"{f' ({reason})' if reason else ''}, {settings.hz} times a second, and keeps {settings.minutes} minutes in "
+        f"{monitor.timeline.size_bytes / 2**20:.0f} MiB"
     )
 
 

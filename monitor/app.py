@@ -2,18 +2,22 @@
 
 import asyncio
 import re
-from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 
-import pyarrow as pa
 from aiohttp import web
 from multidict import MultiMapping
 from prometheus_client import CollectorRegistry
 from prometheus_client.aiohttp import make_aiohttp_handler
 
-from monitor.nvml import Devices
+from monitor.collector import TimelineCollector
+from monitor.gpus import Gpus
+from monitor.host import Host
 from monitor.sampler import Sampler
 from monitor.timeline import Timeline
+from monitor.window import stream
 
 ARROW_STREAM = "application/vnd.apache.arrow.stream"
 MAX_NS = 2**63 - 1
@@ -21,85 +25,117 @@ MAX_NS = 2**63 - 1
 
 @dataclass(frozen=True, slots=True)
 class Monitor:
-    """What the app serves, and the samplers that it runs while it is up."""
+    """What the app serves and runs while it is up."""
 
     timeline: Timeline
-    samplers: Sequence[Sampler]
-    devices: Devices
-    registry: CollectorRegistry
+    host: Host
+    gpus: Gpus
     hz: int
+    registry: CollectorRegistry = field(default_factory=CollectorRegistry)
+
+    def samplers(self) -> list[Sampler]:
+        """All threads that sample."""
+        return [*self.host.samplers, *self.gpus.samplers()]
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """What /timeline is asked for: moments of CLOCK_MONOTONIC in ns."""
+
+    since_ns: int = 0
+    until_ns: int = MAX_NS
+    step_ns: int | None = None
 
 
 MONITOR = web.AppKey("monitor", Monitor)
+COLLECTOR = web.AppKey("collector", TimelineCollector)
+READER = web.AppKey("reader", ThreadPoolExecutor)
 
 
 def make_app(monitor: Monitor) -> web.Application:
     """Build the app; sampling starts and ends with it."""
     app = web.Application()
     app[MONITOR] = monitor
+    app[COLLECTOR] = TimelineCollector(
+        monitor.timeline, monitor.host.source, lambda: monitor.gpus.found, monitor.registry
+    )
+    # One thread for all requests, so that however many come, the samplers share the interpreter with one.
+    app[READER] = ThreadPoolExecutor(1, "timeline")
     app.router.add_get("/timeline", timeline)
     app.router.add_get("/health", health)
-    app.router.add_get("/metrics", make_aiohttp_handler(monitor.registry))
+    app.router.add_get("/metrics", metrics)
     app.cleanup_ctx.append(sampling)
     return app
 
 
 async def sampling(app: web.Application) -> AsyncIterator[None]:
     """Sample while the app is up."""
-    samplers = app[MONITOR].samplers
-    for sampler in samplers:
+    monitor = app[MONITOR]
+    for sampler in monitor.host.samplers:
         sampler.start()
+    monitor.gpus.start()
     yield
-    await asyncio.gather(*(asyncio.to_thread(sampler.stop) for sampler in samplers))
+    app[READER].shutdown(wait=False)
+    await asyncio.gather(*(asyncio.to_thread(sampler.stop) for sampler in monitor.samplers()))
 
 
-async def timeline(request: web.Request) -> web.Response:
-    """Answer the rows with since_ns <= time_ns < until_ns (CLOCK_MONOTONIC) as an Arrow IPC stream."""
-    since_ns, until_ns = window(request.query)
-    # In a thread, because a full timeline has hundreds of thousands of rows.
-    body = await asyncio.to_thread(_arrow_stream, request.app[MONITOR].timeline, since_ns, until_ns)
-    return web.Response(body=body, content_type=ARROW_STREAM)
+async def timeline(request: web.Request) -> web.StreamResponse:
+    """Answer the rows with since_ns <= time_ns < until_ns (CLOCK_MONOTONIC) as an Arrow IPC stream.
+
+    With step_ns, of each series and each step of that many ns only the rows of its smallest and its largest value.
+    """
+    window = parse_window(request.query)
+    pieces = stream(request.app[MONITOR].timeline.rings, window.since_ns, window.until_ns, window.step_ns)
+    response = web.StreamResponse(headers={"Content-Type": ARROW_STREAM})
+    await response.prepare(request)
+    loop = asyncio.get_running_loop()
+    while (piece := await loop.run_in_executor(request.app[READER], next, pieces, None)) is not None:
+        await response.write(piece)
+    await response.write_eof()
+    return response
 
 
-def window(query: MultiMapping[str]) -> tuple[int, int]:
-    """Parse since_ns and until_ns; raises HTTPBadRequest that names the field, its value and what is allowed."""
-    bounds = {"since_ns": 0, "until_ns": MAX_NS}
-    for field, value in query.items():
-        if field not in bounds:
-            raise _bad_request(field, value, f"only {' and '.join(bounds)}")
-        if len(query.getall(field)) > 1:
-            raise _bad_request(field, value, "one value")
-        if not (re.fullmatch("[0-9]{1,19}", value) and int(value) <= MAX_NS):
-            raise _bad_request(field, value, f"a whole number of ns from 0 to {MAX_NS}")
-        bounds[field] = int(value)
-    return bounds["since_ns"], bounds["until_ns"]
+def parse_window(query: MultiMapping[str]) -> Window:
+    """Parse a query; raises HTTPBadRequest that names the field, its value and what is allowed."""
+    least = {"since_ns": 0, "until_ns": 0, "step_ns": 1}
+    given: dict[str, int] = {}
+    for name, value in query.items():
+        if name not in least:
+            raise _bad_request(name, value, "only since_ns, until_ns and step_ns")
+        if len(query.getall(name)) > 1:
+            raise _bad_request(name, value, "one value")
+        if not (re.fullmatch("[0-9]{1,19}", value) and least[name] <= int(value) <= MAX_NS):
+            raise _bad_request(name, value, f"a whole number of ns from {least[name]} to {MAX_NS}")
+        given[name] = int(value)
+    return Window(**given)
+
+
+async def metrics(request: web.Request) -> web.StreamResponse:
+    """Answer a scrape, and keep how long that took for the next."""
+    started = time.perf_counter()
+    response = await make_aiohttp_handler(request.app[MONITOR].registry)(request)
+    request.app[COLLECTOR].scrape_seconds = time.perf_counter() - started
+    return response
 
 
 async def health(request: web.Request) -> web.Response:
     """Answer whether samples are being taken, and of how many GPUs; 503 when a sampler has ended."""
-    for field, value in request.query.items():
-        raise _bad_request(field, value, "no parameter")
+    for name, value in request.query.items():
+        raise _bad_request(name, value, "no parameter")
     monitor = request.app[MONITOR]
-    alive = all(sampler.alive() for sampler in monitor.samplers)
+    alive = all(sampler.alive() for sampler in monitor.samplers())
     report = {
         "status": "ok" if alive else "a sampler has ended",
-        "gpus": len(monitor.devices.found),
-        "gpu_reason": monitor.devices.reason,
+        "gpus": len(monitor.gpus.found),
+        "gpu_reason": monitor.gpus.reason,
         "hz": monitor.hz,
+        "series_left_out": sum(len(ring.left_out) for ring in monitor.timeline.rings.values()),
     }
     return web.json_response(report, status=200 if alive else 503)
 
 
-def _arrow_stream(timeline: Timeline, since_ns: int, until_ns: int) -> bytes:
-    table = timeline.window(since_ns, until_ns)
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, table.schema) as writer:
-        writer.write_table(table)
-    return bytes(sink.getvalue())
-
-
-def _bad_request(field: str, value: str, allowed: str) -> web.HTTPBadRequest:
+def _bad_request(name: str, value: str, allowed: str) -> web.HTTPBadRequest:
     return web.HTTPBadRequest(
-        text=web.json_response({"error": {"field": field, "value": value, "allowed": allowed}}).text,
+        text=web.json_response({"error": {"field": name, "value": value, "allowed": allowed}}).text,
         content_type="application/json",
     )

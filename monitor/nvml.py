@@ -1,121 +1,288 @@
-"""The NVIDIA GPUs of this machine, read through NVML.
+"""What NVML can tell of a device: each call, as values in base units.
 
-Source: https://docs.nvidia.com/deploy/nvml-api/. Only calls that take microseconds are made: total energy (2.6 ms)
-and PCIe throughput (21 ms, it blocks) are not.
+Source: https://docs.nvidia.com/deploy/nvml-api/. The calls are in three tiers: memory and processes take microseconds
+and change at once; what `SLOW` reads changes slowly inside the driver; what `DEAR` reads blocks for up to 21 ms.
 """
 
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+import struct
+from collections import Counter
+from collections.abc import Callable, Iterator
+from ctypes import byref, c_char, c_uint, sizeof
+from dataclasses import dataclass, field
 from typing import Any
 
 import pynvml
 
-from monitor.timeline import Readings, Series
+# The device or the driver is gone: nothing can be read of it until NVML is opened anew.
+LOST = {
+    pynvml.NVML_ERROR_UNINITIALIZED,
+    pynvml.NVML_ERROR_DRIVER_NOT_LOADED,
+    pynvml.NVML_ERROR_GPU_IS_LOST,
+    pynvml.NVML_ERROR_RESET_REQUIRED,
+    pynvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH,
+    pynvml.NVML_ERROR_GPU_NOT_FOUND,
+}
+UNSUPPORTED = {
+    pynvml.NVML_ERROR_NOT_SUPPORTED,
+    pynvml.NVML_ERROR_FUNCTION_NOT_FOUND,
+    pynvml.NVML_ERROR_VGPU_ECC_NOT_SUPPORTED,
+}
+# Of the reasons for clocks below their maximum, those that hold up work; to be idle, or set so, does not.
+THROTTLING = {
+    "sw_power_cap": pynvml.nvmlClocksEventReasonSwPowerCap,
+    "hw_slowdown": pynvml.nvmlClocksEventReasonHwSlowdown,
+    "sync_boost": pynvml.nvmlClocksEventReasonSyncBoost,
+    "sw_thermal_slowdown": pynvml.nvmlClocksEventReasonSwThermalSlowdown,
+    "hw_thermal_slowdown": pynvml.nvmlClocksEventReasonHwThermalSlowdown,
+    "hw_power_brake_slowdown": pynvml.nvmlClocksEventReasonHwPowerBrakeSlowdown,
+}
+MAX_EVENTS = 64
 
-UNATTRIBUTED = "unattributed"
+# By metric and detail.
+Values = dict[tuple[str, str | None], float]
+Memory = tuple[float, float, float, float]
 
 
-@dataclass(frozen=True, slots=True)
+class Reader:
+    """The two calls that are made most, into memory that is taken once.
+
+    nvidia-ml-py allocates for each answer, and asks for the list of processes twice.
+    """
+
+    # c_nvmlProcessInfo_v3_t: pid, usedGpuMemory, gpuInstanceId, computeInstanceId.
+    PROCESS = struct.Struct("I4xQII")
+
+    def __init__(self, handle: Any) -> None:
+        self._handle = handle
+        self._memory = pynvml.c_nvmlMemory_v2_t()
+        self._memory.version = pynvml.nvmlMemory_v2
+        self._memory_at = byref(self._memory)
+        self._get_memory = _function("nvmlDeviceGetMemoryInfo_v2")
+        self._get_processes = _function("nvmlDeviceGetComputeRunningProcesses_v3")
+        self._count = c_uint()
+        self._count_at = byref(self._count)
+        self._make_room(64)
+
+    def memory(self) -> Memory:
+        """Answer used (without the driver's reserve), free, reserved and total bytes; raises NVMLError."""
+        if error := self._get_memory(self._handle, self._memory_at):
+            raise pynvml.NVMLError(error)
+        memory = self._memory
+        return memory.used, memory.free, memory.reserved, memory.total
+
+    def processes(self) -> Iterator[tuple[int, int, int, int]]:
+        """Answer the fields of PROCESS for each process that computes on the device; raises NVMLError."""
+        while True:
+            self._count.value = self._room
+            error = self._get_processes(self._handle, self._count_at, self._processes)
+            if not error:
+                return self.PROCESS.iter_unpack(self._bytes[: self._count.value * self.PROCESS.size])
+            if error != pynvml.NVML_ERROR_INSUFFICIENT_SIZE:
+                raise pynvml.NVMLError(error)
+            self._make_room(2 * max(self._room, self._count.value))
+
+    def _make_room(self, processes: int) -> None:
+        self._room = processes
+        array = bytearray(processes * sizeof(pynvml.c_nvmlProcessInfo_v3_t))
+        self._bytes = memoryview(array)
+        self._processes = (c_char * len(array)).from_buffer(array)
+
+
+def _function(name: str) -> Callable[..., int]:
+    try:
+        found: Callable[..., int] = getattr(pynvml.nvmlLib, name)
+    except AttributeError:
+        return lambda *_: int(pynvml.NVML_ERROR_FUNCTION_NOT_FOUND)
+    return found
+
+
+@dataclass
 class Device:
-    """One GPU; `handle` is NVML's, and `nvml` is pynvml or anything that answers the same calls."""
+    """A GPU or a MIG device as NVML was opened; what is known of its calls holds until NVML is opened anew.
 
-    index: int
+    `tiers` names what is sampled of it: the memory of a GPU that is split into MIG devices belongs to those.
+    """
+
+    gpu: str
     uuid: str
     name: str
+    driver: str
     handle: Any
-    nvml: Any
+    tiers: frozenset[str]
+    unsupported: set[str] = field(default_factory=set)
+    failing: set[str] = field(default_factory=set)
+    events: Any = None
 
 
-@dataclass(frozen=True, slots=True)
-class Devices:
-    """The GPUs found, and why there are none or not all."""
+@dataclass(frozen=True)
+class Found:
+    """The devices found, why there are none or not all, and whether it can help to look again."""
 
-    found: list[Device]
-    reason: str | None
+    devices: list[Device]
+    reason: str | None = None
+    again: bool = False
 
 
-def open_devices(nvml: Any = pynvml) -> Devices:
-    """Find every GPU; on a machine without a GPU or driver there are none, and a reason."""
+def open_nvml() -> Found:
+    """Open NVML and find every device; on a machine without a GPU or driver there are none, and a reason."""
     try:
-        nvml.nvmlInit()
-        count = nvml.nvmlDeviceGetCount()
+        pynvml.nvmlInit()
+        driver = pynvml.nvmlSystemGetDriverVersion()
+        count = pynvml.nvmlDeviceGetCount()
     except pynvml.NVMLError_LibraryNotFound:
-        return Devices([], "the NVIDIA driver's libnvidia-ml.so.1 is not installed")
+        return Found([], "the NVIDIA driver's libnvidia-ml.so.1 is not installed")
     except pynvml.NVMLError as error:
-        return Devices([], f"NVML says: {error}")
-    found: list[Device] = []
+        return Found([], f"NVML says: {error}", again=True)
+    devices: list[Device] = []
     reasons: list[str] = [] if count else ["the NVIDIA driver lists none"]
     for index in range(count):
         try:
-            found.append(_open(nvml, index))
+            devices += _open(index, driver)
         except pynvml.NVMLError as error:
             reasons.append(f"GPU {index}: NVML says: {error}")
-    return Devices(found, "; ".join(reasons) or None)
+    return Found(devices, "; ".join(reasons) or None, again=bool(reasons))
 
 
-def _open(nvml: Any, index: int) -> Device:
-    handle = nvml.nvmlDeviceGetHandleByIndex(index)
-    return Device(index, nvml.nvmlDeviceGetUUID(handle), nvml.nvmlDeviceGetName(handle), handle, nvml)
+def close_nvml() -> None:
+    """Close NVML, open or not; what was found becomes invalid."""
+    try:
+        pynvml.nvmlShutdown()
+    except pynvml.NVMLError:
+        # It was not open, or the driver has gone: all that matters is that it can be opened again.
+        return
 
 
-def read(device: Device, servers: Mapping[int, str], on_error: Callable[[str], None]) -> Readings:
-    """Read one GPU: memory in bytes, utilization 0..1, power in W, and the memory of each server's processes.
+def _open(index: int, driver: str) -> Iterator[Device]:
+    handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+    parts = list(_mig_handles(handle))
+    tiers = frozenset({"slow", "dear"} if parts else {"fast", "slow", "dear"})
+    yield _device(str(index), handle, driver, tiers)
+    for number, part in parts:
+        yield _device(f"{index}/{number}", part, driver, frozenset({"fast"}))
 
-    A call that fails makes its series absent and is told to `on_error` by its name in CALLS. Processes are matched
-    by pid, so a container must see the host's pids (`pid: host`): otherwise all memory is unattributed.
-    """
-    answers: dict[str, Any] = {}
-    for name, call in CALLS.items():
+
+def _device(gpu: str, handle: Any, driver: str, tiers: frozenset[str]) -> Device:
+    return Device(gpu, pynvml.nvmlDeviceGetUUID(handle), pynvml.nvmlDeviceGetName(handle), driver, handle, tiers)
+
+
+def _mig_handles(handle: Any) -> Iterator[tuple[int, Any]]:
+    try:
+        if pynvml.nvmlDeviceGetMigMode(handle)[0] != pynvml.NVML_DEVICE_MIG_ENABLE:
+            return
+        most = pynvml.nvmlDeviceGetMaxMigDeviceCount(handle)
+    except pynvml.NVMLError as error:
+        if error.value in LOST:
+            raise
+        return
+    for number in range(most):
         try:
-            answers[name] = call(device.nvml, device.handle)
-        except pynvml.NVMLError:
-            on_error(name)
-    running = answers.pop("processes", None)
-    values: dict[str, float] = {metric: value for answer in answers.values() for metric, value in answer.items()}
-    readings = {Series(metric, gpu=device.index): value for metric, value in values.items()}
-    if running is not None:
-        used = by_server(running, servers, values.get("gpu_memory_used_bytes"))
-        readings |= {Series("gpu_process_memory_bytes", server, device.index): used[server] for server in used}
-    return readings
-
-
-def by_server(running: Iterable[Any], servers: Mapping[int, str], device_used: float | None) -> dict[str, float]:
-    """Sum the memory of a device's processes (bytes) by server; what no server accounts for is `unattributed`.
-
-    The memory of a process may be unknown (under MIG, in WSL, without permission): then its server's is absent, not
-    zero. The rest is at least 0, as the device and its processes are read a moment apart.
-    """
-    sums: defaultdict[str, float] = defaultdict(float)
-    unknown = set()
-    for process in running:
-        server = servers.get(process.pid)
-        if server is None:
+            yield number, pynvml.nvmlDeviceGetMigDeviceHandleByIndex(handle, number)
+        except pynvml.NVMLError_NotFound:
             continue
-        if process.usedGpuMemory is None:
-            unknown.add(server)
-        else:
-            sums[server] += process.usedGpuMemory
-    known = {server: used for server, used in sums.items() if server not in unknown}
-    if device_used is not None:
-        known[UNATTRIBUTED] = max(0.0, device_used - sum(known.values()))
-    return known
 
 
-def _memory(nvml: Any, handle: Any) -> dict[str, float]:
-    # Version 1 counts what the driver reserves as used.
-    info = nvml.nvmlDeviceGetMemoryInfo(handle, version=pynvml.nvmlMemory_v2)
+def _utilization(device: Device) -> Values:
+    return {("gpu_utilization_ratio", None): pynvml.nvmlDeviceGetUtilizationRates(device.handle).gpu / 100}
+
+
+def _power(device: Device) -> Values:
+    return {("gpu_power_watts", None): pynvml.nvmlDeviceGetPowerUsage(device.handle) / 1000}
+
+
+def _temperature(device: Device) -> Values:
+    try:
+        celsius = pynvml.nvmlDeviceGetTemperatureV(device.handle, pynvml.NVML_TEMPERATURE_GPU)
+    except pynvml.NVMLError_FunctionNotFound:
+        # Drivers of before 2025.
+        celsius = pynvml.nvmlDeviceGetTemperature(device.handle, pynvml.NVML_TEMPERATURE_GPU)
+    return {("gpu_temperature_celsius", None): celsius}
+
+
+def _clocks(device: Device) -> Values:
+    kinds = {"sm": pynvml.NVML_CLOCK_SM, "memory": pynvml.NVML_CLOCK_MEM}
     return {
-        "gpu_memory_used_bytes": float(info.used),
-        "gpu_memory_free_bytes": float(info.free),
-        "gpu_memory_reserved_bytes": float(info.reserved),
-        "gpu_memory_total_bytes": float(info.total),
+        ("gpu_clock_hertz", detail): pynvml.nvmlDeviceGetClockInfo(device.handle, kind) * 1e6
+        for detail, kind in kinds.items()
     }
 
 
-CALLS: dict[str, Callable[[Any, Any], Any]] = {
-    "memory": _memory,
-    "processes": lambda nvml, handle: nvml.nvmlDeviceGetComputeRunningProcesses(handle),
-    "utilization": lambda nvml, handle: {"gpu_utilization_ratio": nvml.nvmlDeviceGetUtilizationRates(handle).gpu / 100},
-    "power": lambda nvml, handle: {"gpu_power_watts": nvml.nvmlDeviceGetPowerUsage(handle) / 1000},
+def _throttling(device: Device) -> Values:
+    try:
+        reasons = pynvml.nvmlDeviceGetCurrentClocksEventReasons(device.handle)
+    except pynvml.NVMLError_FunctionNotFound:
+        # Drivers of before 2023.
+        reasons = pynvml.nvmlDeviceGetCurrentClocksThrottleReasons(device.handle)
+    return {("gpu_throttled", detail): float(bool(reasons & bit)) for detail, bit in THROTTLING.items()}
+
+
+def _energy(device: Device) -> Values:
+    millijoules = pynvml.nvmlDeviceGetTotalEnergyConsumption(device.handle)
+    return {("gpu_energy_joules_total", None): millijoules / 1000}
+
+
+def _pcie(device: Device) -> Values:
+    kinds = {"tx": pynvml.NVML_PCIE_UTIL_TX_BYTES, "rx": pynvml.NVML_PCIE_UTIL_RX_BYTES}
+    return {
+        # NVML says KB/s, over the 20 ms for which it blocks.
+        ("gpu_pcie_bytes_per_second", detail): pynvml.nvmlDeviceGetPcieThroughput(device.handle, kind) * 1000
+        for detail, kind in kinds.items()
+    }
+
+
+def _nvlink(device: Device) -> Values:
+    kinds = {
+        "tx": pynvml.NVML_FI_DEV_NVLINK_THROUGHPUT_DATA_TX,
+        "rx": pynvml.NVML_FI_DEV_NVLINK_THROUGHPUT_DATA_RX,
+    }
+    (links,) = pynvml.nvmlDeviceGetFieldValues(device.handle, [pynvml.NVML_FI_DEV_NVLINK_LINK_COUNT])
+    if links.nvmlReturn or not links.value.uiVal:
+        raise pynvml.NVMLError(links.nvmlReturn or pynvml.NVML_ERROR_NOT_SUPPORTED)
+    values: Values = {}
+    for detail, kind in kinds.items():
+        fields = pynvml.nvmlDeviceGetFieldValues(device.handle, [(kind, link) for link in range(links.value.uiVal)])
+        kib = [link.value.ullVal for link in fields if not link.nvmlReturn]
+        if not kib:
+            raise pynvml.NVMLError(fields[0].nvmlReturn)
+        values["gpu_nvlink_bytes_total", detail] = sum(kib) * 1024
+    return values
+
+
+def _ecc(device: Device) -> Values:
+    kinds = {
+        "corrected": pynvml.NVML_MEMORY_ERROR_TYPE_CORRECTED,
+        "uncorrected": pynvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED,
+    }
+    return {
+        # Since the driver was loaded.
+        ("gpu_ecc_errors_total", detail): pynvml.nvmlDeviceGetTotalEccErrors(
+            device.handle, kind, pynvml.NVML_VOLATILE_ECC
+        )
+        for detail, kind in kinds.items()
+    }
+
+
+def count_xids(device: Device, counts: Counter[int]) -> Values:
+    """Count the XID errors that came since the last call into `counts`; answer those of all codes so far."""
+    if device.events is None:
+        events = pynvml.nvmlEventSetCreate()
+        pynvml.nvmlDeviceRegisterEvents(device.handle, pynvml.nvmlEventTypeXidCriticalError, events)
+        device.events = events
+    try:
+        for _ in range(MAX_EVENTS):
+            counts[pynvml.nvmlEventSetWait(device.events, 0).eventData] += 1
+    except pynvml.NVMLError_Timeout:
+        # No more for now.
+        pass
+    return {("gpu_xid_errors_total", str(code)): count for code, count in counts.items()}
+
+
+Call = Callable[[Device], Values]
+SLOW: dict[str, Call] = {
+    "utilization": _utilization,
+    "power": _power,
+    "clocks": _clocks,
+    "throttling": _throttling,
+    "temperature": _temperature,
 }
+DEAR: dict[str, Call] = {"energy": _energy, "pcie": _pcie, "nvlink": _nvlink, "ecc": _ecc}
+FAST = ("memory", "processes")

@@ -1,4 +1,4 @@
-"""Which processes belong to which server, and the memory and CPU that they use, from /proc.
+"""Which processes belong to which server, and the memory, CPU, threads and files that they use, from /proc.
 
 Source: proc(5). To read smaps_rollup the kernel walks the process's page tables, some 11 ms for each GiB resident in
 4 KiB pages. That is by far the dearest reading, so it has a thread of its own that delays no other, and a budget.
@@ -21,6 +21,8 @@ PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 SCAN_EVERY_NS = 800_000_000
 # Seconds between readings of shared memory, however cheap they are.
 LEAST_WAIT = 0.1
+# More ancestors than any process has that is not a fork bomb.
+MAX_ANCESTORS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +31,7 @@ class Stat:
 
     parent: int
     cpu_seconds: float
+    threads: int
     started: int
 
 
@@ -51,17 +54,62 @@ class Member:
 
 
 class Processes:
-    """The processes of all servers: found by their environment, followed until they exit."""
+    """The processes of all servers: found by their environment, followed until they exit.
+
+    `generation` grows whenever what `server_of` has answered may no longer hold.
+    """
 
     def __init__(self, clock: Clock = now) -> None:
         self._clock = clock
         self._next_scan_ns = 0
         self._members: dict[int, Member] = {}
         self._exited_cpu: defaultdict[str, float] = defaultdict(float)
+        # Processes that were asked for before a scan saw them, with their start; None stands for no process at all.
+        self._asked: dict[int, tuple[str | None, int | None]] = {}
+        self.generation = 0
 
     def servers(self) -> dict[int, str]:
         """Answer the server of each known pid; safe to call from any thread."""
         return {pid: member.server for pid, member in self._members.items()}
+
+    def server_of(self, pid: int) -> str | None:
+        """Answer the server of a process, which is looked up at once when no scan has seen it; from any thread."""
+        if member := self._members.get(pid):
+            return member.server
+        asked = self._asked.get(pid)
+        if asked is None:
+            stat = _stat(pid)
+            asked = self._asked[pid] = (self._inherited(pid, stat), stat.started if stat else None)
+        return asked[0]
+
+    def _inherited(self, pid: int, stat: Stat | None) -> str | None:
+        """Look for a server in the environment of a process, else of its parent, and so on."""
+        for _ in range(MAX_ANCESTORS):
+            if name := _server_named(_read(pid, "environ") or b""):
+                return name
+            member = self._members.get(pid)
+            if member and stat and member.started == stat.started:
+                return member.server
+            if stat is None or not stat.parent:
+                return None
+            pid, stat = stat.parent, _stat(stat.parent)
+        return None
+
+    def read_details(self) -> Readings:
+        """Read the threads and open files of each server; files are absent where the kernel refuses them."""
+        readings: Readings = defaultdict(float)
+        refused = set()
+        for pid, member in self._members.items():
+            stat = _stat(pid)
+            if stat is None or stat.started != member.started:
+                continue
+            readings[Series("host_threads", member.server)] += stat.threads
+            files = _open_files(pid)
+            if files is None:
+                refused.add(Series("host_open_files", member.server))
+            else:
+                readings[Series("host_open_files", member.server)] += files
+        return {series: value for series, value in readings.items() if series not in refused}
 
     def read(self) -> Readings:
         """Read count, memory (bytes) and CPU (seconds) of each server that runs; scan first if it is time.
@@ -144,6 +192,8 @@ class Processes:
             elif name or stat.parent in found:
                 found[pid] = Member(name or found[stat.parent].server, stat.started, stat.cpu_seconds)
         self._follow(found)
+        self._asked = {pid: asked for pid, asked in self._asked.copy().items() if _still(pid, asked[1])}
+        self.generation += 1
 
     def _sightings(self) -> Iterator[tuple[Stat, int, str | None]]:
         """Yield every process with the server that its environment names.
@@ -189,8 +239,21 @@ def _stat(pid: int) -> Stat | None:
     return Stat(
         parent=int(fields[1]),
         cpu_seconds=(int(fields[11]) + int(fields[12])) / CLOCK_TICKS,
+        threads=int(fields[17]),
         started=int(fields[19]),
     )
+
+
+def _still(pid: int, started: int | None) -> bool:
+    stat = _stat(pid)
+    return stat is not None and stat.started == started
+
+
+def _open_files(pid: int) -> int | None:
+    try:
+        return sum(1 for _ in (PROC / str(pid) / "fd").iterdir())
+    except OSError:
+        return None
 
 
 def _resident_bytes(pid: int) -> int | None:

@@ -2,10 +2,12 @@
 
 from collections.abc import Iterable
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 PREFIX = "HEADROOM_MONITOR_"
+# Ticks of one device that are kept at most, an hour at 1 kHz: some 200 MB of memory, and 550 MB of processes.
+MAX_TICKS = 3_600_000
 
 
 class Settings(BaseSettings):
@@ -15,9 +17,26 @@ class Settings(BaseSettings):
 
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(9400, ge=0, le=65535, description="port to listen on; 0 takes any free one")
-    hz: int = Field(10, ge=1, le=100, description="samples a second")
-    minutes: int = Field(30, ge=1, le=1440, description="how long samples are kept")
-    max_cpu: float = Field(0.02, gt=0, le=1, description="share of a core that reading shared memory (PSS) may take")
+    hz: int = Field(
+        100, ge=1, le=1000, description="samples of GPU memory a second; of processes up to 100, of the host up to 10"
+    )
+    minutes: int = Field(30, ge=1, le=1440, description="how long samples are kept, in memory that is taken at once")
+    max_cpu: float = Field(
+        0.02,
+        gt=0,
+        le=1,
+        description="share of a core that sampling the memory of a GPU may take, and reading shared memory (PSS)",
+    )
+
+    @model_validator(mode="after")
+    def _fits(self) -> "Settings":
+        if self.minutes * 60 * self.hz > MAX_TICKS:
+            raise ValueError(
+                f"--minutes {self.minutes} x 60 x --hz {self.hz} is more than the {MAX_TICKS} samples of a device that "
+                f"may be kept: at {self.hz} Hz up to {MAX_TICKS // 60 // self.hz} minutes, "
+                f"for {self.minutes} minutes up to {MAX_TICKS // 60 // self.minutes} Hz"
+            )
+        return self
 
 
 VARIABLES = [PREFIX + field.upper() for field in Settings.model_fields]

@@ -1,27 +1,21 @@
-"""What a sample is, and the bounded memory that keeps the recent ones."""
+"""What a sample is, and the rings of fixed size that keep the recent ones."""
 
+import logging
+import math
+import struct
 import threading
 import time
-from array import array
-from collections import deque
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from operator import attrgetter
+from bisect import bisect_left
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-import pyarrow as pa
+from numpy.typing import NDArray
 
-SCHEMA = pa.schema(
-    [
-        ("time_ns", pa.int64()),
-        ("wall_ns", pa.int64()),
-        ("metric", pa.dictionary(pa.int32(), pa.string())),
-        ("server", pa.dictionary(pa.int32(), pa.string())),
-        ("gpu", pa.int16()),
-        ("value", pa.float64()),
-    ]
-)
+log = logging.getLogger(__name__)
+
+STAMPS = 2
+MAX_LEFT_OUT = 1000
 
 
 class Instant(NamedTuple):
@@ -32,6 +26,7 @@ class Instant(NamedTuple):
 
 
 Clock = Callable[[], Instant]
+Cells = NDArray[np.float64]
 
 
 def now() -> Instant:
@@ -40,77 +35,133 @@ def now() -> Instant:
 
 
 class Series(NamedTuple):
-    """What a value measures; `server` is None for values of a device, `gpu` is None for values of the host."""
+    """What a value measures; `gpu` is "0", or "0/1" for MIG device 1 of GPU 0; None is what does not apply."""
 
     metric: str
     server: str | None = None
-    gpu: int | None = None
+    gpu: str | None = None
+    detail: str | None = None
 
 
 Readings = dict[Series, float]
 
 
-@dataclass(frozen=True, slots=True)
-class Tick:
-    """The readings of one sampler at one moment, as positions in the timeline's list of series and their values."""
+class Ring:
+    """The last `capacity` ticks of one source and tier, each of `width` values, in memory that is taken at once.
 
-    at: Instant
-    series: "array[int]"
-    values: "array[float]"
+    A row is two stamps and a value for each column, NaN where there is none. One lock is held for the microseconds of
+    stamping and writing a row, and by readers only to ask how many there are: once a reader has seen a moment, nothing
+    older appears later, and no reader holds up a sampler.
+    """
+
+    def __init__(self, capacity: int, width: int, clock: Clock = now) -> None:
+        self.capacity = capacity
+        self.columns: dict[Series, int] = {}
+        self.left_out: set[Series] = set()
+        self._width = width
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._count = 0
+        self._cells: Cells = np.full((capacity, STAMPS + width), math.nan)
+        self._stamps = self._cells.view(np.int64)
+        self._bytes = self._cells.data.cast("B")
+        self._row = struct.Struct(f"{STAMPS}q{width}d")
+
+    @property
+    def size_bytes(self) -> int:
+        """Memory that the ring takes, full or not."""
+        return self._cells.nbytes
+
+    def column(self, series: Series) -> int | None:
+        """Answer the column of a series, a new one for a new series; None when there is none left."""
+        column = self.columns.get(series)
+        if column is None and len(self.columns) < self._width:
+            column = self.columns[series] = len(self.columns)
+        elif column is None and series not in self.left_out and len(self.left_out) < MAX_LEFT_OUT:
+            self.left_out.add(series)
+            log.warning("%s is left out: all %d columns of its kind are taken", series, self._width)
+        return column
+
+    def put(self, values: Sequence[float]) -> None:
+        """Stamp a row with the present moment and keep it; it has a value, or NaN, for each column."""
+        with self._lock:
+            at = self._clock()
+            self._row.pack_into(self._bytes, self._count % self.capacity * self._row.size, *at, *values)
+            self._count += 1
+
+    def append(self, readings: Mapping[Series, float]) -> None:
+        """Keep readings as a row; series that find no column are left out."""
+        row = [math.nan] * self._width
+        for series, value in readings.items():
+            column = self.column(series)
+            if column is not None:
+                row[column] = value
+        self.put(row)
+
+    def clear(self) -> None:
+        """Say from now on that nothing is known, until the next row."""
+        self.put([math.nan] * self._width)
+
+    def bounds(self) -> tuple[int, int]:
+        """Answer the numbers of the oldest row kept and of the next to come; rows are numbered from the start."""
+        with self._lock:
+            return max(0, self._count - self.capacity), self._count
+
+    def time_ns(self, number: int) -> int:
+        """Answer when a row was stamped (CLOCK_MONOTONIC)."""
+        return int(self._stamps[number % self.capacity, 0])
+
+    def find(self, time_ns: int, first: int, end: int) -> int:
+        """Answer the number of the first row, of those from `first` up to `end`, that is not before a moment."""
+        return first + bisect_left(range(first, end), time_ns, key=self.time_ns)
+
+    def rows(self, first: int, end: int) -> Cells:
+        """Copy rows; those that newer ones have overwritten meanwhile are missing from the front."""
+        copy = np.concatenate(self._views(first, end))
+        return copy[max(0, self.bounds()[0] - first) :]
+
+    def latest(self, since_ns: int = 0) -> Readings:
+        """Answer the values of the newest row; empty when it is from before `since_ns`."""
+        with self._lock:
+            if not self._count or self.time_ns(self._count - 1) < since_ns:
+                return {}
+            values = self._cells[(self._count - 1) % self.capacity, STAMPS:].tolist()
+        return self._named(values)
+
+    def peaks(self, since_ns: int) -> Readings:
+        """Answer the largest value of each series since a moment."""
+        first, end = self.bounds()
+        views = self._views(self.find(since_ns, first, end), end)
+        most = [np.fmax.reduce(view[:, STAMPS:], axis=0) for view in views if len(view)]
+        return self._named(np.fmax.reduce(most).tolist()) if most else {}
+
+    def _named(self, values: Sequence[float]) -> Readings:
+        # A copy, because a sampler may add a column meanwhile.
+        pairs = zip(self.columns.copy(), values, strict=False)
+        return {series: value for series, value in pairs if not math.isnan(value)}
+
+    def _views(self, first: int, end: int) -> list[Cells]:
+        start, stop = first % self.capacity, end % self.capacity
+        if first >= end or start < stop:
+            return [self._cells[start : stop if first < end else start]]
+        return [self._cells[start:], self._cells[:stop]]
 
 
 class Timeline:
-    """The recent ticks of every sampler, each in a ring of its own.
+    """The rings by name; rows are read through `monitor.window`."""
 
-    Ticks are stamped here, under one lock: once a reader has seen a moment, nothing older appears later.
-    """
-
-    def __init__(self, ticks_per_sampler: int, clock: Clock = now) -> None:
+    def __init__(self, clock: Clock = now) -> None:
+        self.rings: dict[str, Ring] = {}
         self._clock = clock
-        self._capacity = ticks_per_sampler
-        self._lock = threading.Lock()
-        self._positions: dict[Series, int] = {}
-        self._rings: dict[str, deque[Tick]] = {}
 
-    def append(self, sampler: str, readings: Readings) -> None:
-        """Stamp the readings with the present moment and keep them; the sampler's oldest tick makes room."""
-        with self._lock:
-            positions = (self._positions.setdefault(series, len(self._positions)) for series in readings)
-            tick = Tick(self._clock(), array("I", positions), array("d", readings.values()))
-            self._rings.setdefault(sampler, deque(maxlen=self._capacity)).append(tick)
+    def ring(self, name: str, capacity: int, width: int) -> Ring:
+        """Add a ring; its name is new."""
+        ring = Ring(capacity, width, self._clock)
+        # A new dict, because readers may be going through the old one.
+        self.rings = self.rings | {name: ring}
+        return ring
 
-    def latest(self) -> dict[str, tuple[Instant, Readings]]:
-        """Answer the newest tick of each sampler."""
-        with self._lock:
-            names = list(self._positions)
-            newest = {sampler: ring[-1] for sampler, ring in self._rings.items()}
-        return {
-            sampler: (tick.at, {names[i]: value for i, value in zip(tick.series, tick.values, strict=True)})
-            for sampler, tick in newest.items()
-        }
-
-    def window(self, since_ns: int, until_ns: int) -> pa.Table:
-        """Answer the rows with since_ns <= time_ns < until_ns, oldest first, in the columns of SCHEMA."""
-        with self._lock:
-            names = list(self._positions)
-            ticks = [tick for ring in self._rings.values() for tick in ring]
-        inside = (tick for tick in ticks if since_ns <= tick.at.time_ns < until_ns)
-        return _table(sorted(inside, key=attrgetter("at")), names)
-
-
-def _table(ticks: list[Tick], names: list[Series]) -> pa.Table:
-    rows_per_tick = [len(tick.values) for tick in ticks]
-    positions = pa.array(np.frombuffer(b"".join(tick.series for tick in ticks), dtype=np.uintc))
-    columns = [
-        np.repeat(np.array([tick.at.time_ns for tick in ticks], dtype=np.int64), rows_per_tick),
-        np.repeat(np.array([tick.at.wall_ns for tick in ticks], dtype=np.int64), rows_per_tick),
-        _words(series.metric for series in names).take(positions),
-        _words(series.server for series in names).take(positions),
-        pa.array([series.gpu for series in names], pa.int16()).take(positions),
-        np.frombuffer(b"".join(tick.values for tick in ticks), dtype=np.float64),
-    ]
-    return pa.table(columns, schema=SCHEMA)
-
-
-def _words(words: Iterable[str | None]) -> pa.DictionaryArray:
-    return pa.array(list(words), pa.string()).dictionary_encode()
+    @property
+    def size_bytes(self) -> int:
+        """Memory that all rings take, full or not."""
+        return sum(ring.size_bytes for ring in self.rings.values())

@@ -1,39 +1,32 @@
 """The HTTP API, through a real client."""
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pyarrow as pa
 import pytest
 from aiohttp.test_utils import TestClient, TestServer
-from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
 from monitor.app import Monitor, make_app
-from monitor.collector import TimelineCollector
-from monitor.nvml import Devices
-from monitor.sampler import Sampler, Task, samples
-from monitor.timeline import SCHEMA, Readings, Series, Timeline
-
-LATENESS, CPU = Series("monitor_sample_lateness_seconds"), Series("monitor_cpu_seconds_total")
-RSS = Series("host_rss_bytes", "hf")
-
-
-def make_monitor(read: Callable[[], Readings]) -> Monitor:
-    timeline, registry = Timeline(1000), CollectorRegistry()
-    TimelineCollector(timeline, [], registry)
-    samplers = [Sampler("host", samples(Task("host", read, LATENESS, CPU), timeline, hz=50))]
-    return Monitor(timeline, samplers, Devices([], "none here"), registry, hz=50)
+from monitor.gpu import Rates
+from monitor.gpus import Gpus
+from monitor.host import make_host
+from monitor.processes import Processes
+from monitor.timeline import Series, Timeline
+from monitor.window import SCHEMA
 
 
 @pytest.fixture
 def monitor() -> Monitor:
-    return make_monitor(lambda: {RSS: 42.0})
+    timeline, processes = Timeline(), Processes()
+    rates = Rates(hz=50, max_cpu=0.5, seconds=60)
+    timeline.ring("gpu7-memory", 100, 1).append({Series("gpu_memory_used_bytes", gpu="7"): 42.0})
+    return Monitor(timeline, make_host(timeline, processes, rates), Gpus(timeline, processes, rates), hz=50)
 
 
 @pytest.fixture
 async def client(monitor: Monitor) -> AsyncIterator[TestClient[Any, Any]]:
-    monitor.timeline.append("host", {RSS: 41.0})
     async with TestClient(TestServer(make_app(monitor))) as client:
         yield client
 
@@ -53,6 +46,14 @@ async def test_the_timeline_is_an_arrow_stream_of_the_window_asked_for(client: T
     assert (await timeline(client, until_ns=first)).num_rows == 0
 
 
+async def test_a_step_thins_the_timeline(client: TestClient[Any, Any], monitor: Monitor) -> None:
+    used = Series("gpu_memory_used_bytes", gpu="7")
+    for value in (1.0, 99.0, 5.0, 42.0):
+        monitor.timeline.rings["gpu7-memory"].append({used: value})
+    rows = (await timeline(client, step_ns=10**18)).to_pylist()
+    assert [row["value"] for row in rows if row["gpu"] == "7"] == [1.0, 99.0]
+
+
 @pytest.mark.parametrize(
     ("query", "field", "value", "allowed"),
     [
@@ -62,7 +63,8 @@ async def test_the_timeline_is_an_arrow_stream_of_the_window_asked_for(client: T
         ("until_ns=9223372036854775808", "until_ns", "9223372036854775808", "9223372036854775807"),
         (f"until_ns={'9' * 5000}", "until_ns", "9" * 5000, "9223372036854775807"),
         ("until_ns=1&until_ns=2", "until_ns", "1", "one value"),
-        ("server=hf", "server", "hf", "since_ns and until_ns"),
+        ("step_ns=0", "step_ns", "0", "from 1 to"),
+        ("server=hf", "server", "hf", "since_ns, until_ns and step_ns"),
     ],
 )
 async def test_a_bad_query_is_refused_with_field_value_and_what_is_allowed(
@@ -75,10 +77,20 @@ async def test_a_bad_query_is_refused_with_field_value_and_what_is_allowed(
     assert allowed in error["allowed"]
 
 
-async def test_health_tells_the_rate_and_why_there_is_no_gpu(client: TestClient[Any, Any]) -> None:
+async def test_health_tells_the_rate_why_there_is_no_gpu_and_what_is_left_out(
+    client: TestClient[Any, Any], monitor: Monitor
+) -> None:
+    monitor.timeline.rings["gpu7-memory"].append({Series("no room"): 1.0})
     response = await client.get("/health")
     assert response.status == 200
-    assert await response.json() == {"status": "ok", "gpus": 0, "gpu_reason": "none here", "hz": 50}
+    gpus = monitor.gpus
+    assert await response.json() == {
+        "status": "ok",
+        "gpus": len(gpus.found),
+        "gpu_reason": gpus.reason,
+        "hz": 50,
+        "series_left_out": 1,
+    }
 
 
 async def test_health_takes_no_parameters(client: TestClient[Any, Any]) -> None:
@@ -87,22 +99,25 @@ async def test_health_takes_no_parameters(client: TestClient[Any, Any]) -> None:
 
 
 async def test_health_fails_when_sampling_has_ended(client: TestClient[Any, Any], monitor: Monitor) -> None:
-    monitor.samplers[0].stop()
+    monitor.samplers()[0].stop()
     response = await client.get("/health")
     assert response.status == 503
 
 
-async def test_metrics_are_prometheus_text(client: TestClient[Any, Any]) -> None:
-    response = await client.get("/metrics")
-    assert response.content_type == "text/plain"
-    families = {family.name: family for family in text_string_to_metric_families(await response.text())}
-    assert [(sample.labels, sample.value) for sample in families["headroom_host_rss_bytes"].samples] in (
-        [({"server": "hf"}, 41.0)],
-        [({"server": "hf"}, 42.0)],
-    )
+async def test_metrics_are_prometheus_text_with_how_long_the_last_scrape_took(client: TestClient[Any, Any]) -> None:
+    for scrapes in (0, 1):
+        response = await client.get("/metrics")
+        assert response.content_type == "text/plain"
+        families = {family.name: family for family in text_string_to_metric_families(await response.text())}
+        assert [(sample.labels, sample.value) for sample in families["headroom_gpu_memory_used_bytes"].samples] == [
+            ({"gpu": "7"}, 42.0)
+        ]
+        took = [sample.value for sample in families["headroom_monitor_scrape_duration_seconds"].samples]
+        assert len(took) == scrapes
+        assert all(0 < seconds < 60 for seconds in took)
 
 
 async def test_sampling_starts_and_ends_with_the_app(monitor: Monitor) -> None:
     async with TestClient(TestServer(make_app(monitor))):
-        assert monitor.samplers[0].alive()
-    assert not monitor.samplers[0].alive()
+        assert all(sampler.alive() for sampler in monitor.samplers())
+    assert not any(sampler.alive() for sampler in monitor.samplers())

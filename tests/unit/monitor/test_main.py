@@ -49,6 +49,7 @@ def test_the_program_says_what_it_watches_answers_and_ends_cleanly(running: list
         with urllib.request.urlopen(f"{url}/health") as response:  # noqa: S310 - our own address
             health = json.load(response)
         assert health["hz"] == 20
+        assert "keeps 30 minutes in " in text
         assert ("no GPU" in text) == (health["gpus"] == 0)
         assert (health["gpu_reason"] or "") in text
         assert shows(f"{url}/metrics", 'headroom_host_pss_bytes{server="itself"}')
@@ -117,6 +118,14 @@ def test_an_unknown_variable_is_named(capsys: pytest.CaptureFixture[str], monkey
 
 
 def test_a_variable_is_a_setting(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(os.environ, "HEADROOM_MONITOR_HZ", "101")
+    monkeypatch.setitem(os.environ, "HEADROOM_MONITOR_HZ", "1001")
     assert main([]) == 2
-    assert capsys.readouterr().err == "monitor: --hz: 101: Input should be less than or equal to 100\n"
+    assert capsys.readouterr().err == "monitor: --hz: 1001: Input should be less than or equal to 1000\n"
+
+
+def test_more_samples_than_may_be_kept_are_refused_with_both_settings(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--hz", "1000", "--minutes", "61"]) == 2
+    assert capsys.readouterr().err == (
+        "monitor: --minutes 61 x 60 x --hz 1000 is more than the 3600000 samples of a device that may be kept: "
+        "at 1000 Hz up to 60 minutes, for 61 minutes up to 983 Hz\n"
+    )

@@ -336,3 +336,63 @@ def test_reading_shared_memory_stays_within_its_budget(
 
 def test_nothing_to_read_does_not_spin(proc: Path) -> None:
     assert next(Processes().read_shared(max_cpu=1)) == LEAST_WAIT
+
+
+def test_a_process_that_no_scan_has_seen_is_looked_up_at_once_by_its_own_environment(start: Start, server: str) -> None:
+    table = Processes()
+    table.scan()
+    process = start("sleep", "60", HEADROOM_SERVER=server)
+    assert table.server_of(process.pid) == server
+
+
+def test_a_child_without_a_name_is_looked_up_by_its_parent(start: Start, server: str) -> None:
+    process = start(sys.executable, "-c", OVERWRITE_ENVIRONMENT, HEADROOM_SERVER=server)
+    table = Processes()
+    table.scan()
+    write(process, "\n")
+    line(process)
+    (child,) = psutil.Process(process.pid).children()
+    assert table.server_of(child.pid) == server
+
+
+def test_a_process_of_no_server_is_looked_up_once_until_another_bears_its_pid(proc: Path) -> None:
+    write_process(proc, pid=8, started=1000, environ="PATH=/bin\0")
+    table = Processes()
+    assert table.server_of(8) is None
+    (proc / "8" / "environ").write_text("HEADROOM_SERVER=hf\0")
+    (proc / "8" / "stat").unlink()
+    assert table.server_of(8) is None
+    write_process(proc, pid=8, started=2000, environ="HEADROOM_SERVER=vllm\0")
+    before = table.generation
+    table.scan()
+    assert table.generation > before
+    assert table.server_of(8) == "vllm"
+
+
+def test_a_process_that_is_gone_belongs_to_its_server_until_the_next_scan(proc: Path) -> None:
+    table = Processes()
+    assert table.server_of(7) == "hf"
+    for name in ("environ", "stat"):
+        (proc / "7" / name).unlink()
+    assert table.server_of(7) == "hf"
+    table.scan()
+    assert table.server_of(7) is None
+
+
+def test_threads_and_open_files_agree_with_psutil(start: Start, server: str) -> None:
+    more = "import threading; threading.Thread(target=input).start(); files = [open('/dev/null') for _ in range(9)]"
+    process = start(
+        sys.executable, "-c", f"{more}; print('ready', flush=True); files[0].read()", HEADROOM_SERVER=server
+    )
+    line(process)
+    table = Processes()
+    table.scan()
+    readings, truth = table.read_details(), psutil.Process(process.pid)
+    assert readings[Series("host_threads", server)] == truth.num_threads() == 2
+    assert readings[Series("host_open_files", server)] == truth.num_fds() == 12
+
+
+def test_open_files_that_the_kernel_refuses_are_absent_and_threads_are_not(proc: Path) -> None:
+    table = Processes()
+    table.scan()
+    assert table.read_details() == {Series("host_threads", "hf"): 0.0}

@@ -1,12 +1,16 @@
-"""The bounded memory of samples."""
+"""The rings that keep samples."""
 
-import pyarrow as pa
+import math
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from monitor.timeline import SCHEMA, Instant, Series, Timeline
+from monitor.timeline import Instant, Ring, Series, Timeline
 
 RSS = Series("host_rss_bytes", server="hf")
-USED = Series("gpu_memory_used_bytes", gpu=1)
+USED = Series("gpu_memory_used_bytes", gpu="1")
+values = st.floats(allow_nan=False, allow_infinity=False)
 
 
 class Clock:
@@ -24,62 +28,90 @@ def clock() -> Clock:
     return Clock()
 
 
-def times(table: pa.Table) -> list[int]:
-    return [int(time_ns) for time_ns in table["time_ns"].to_pylist()]
+def filled(capacity: int, given: list[float]) -> Ring:
+    clock = Clock()
+    ring = Ring(capacity, 1, clock)
+    for clock.time_ns, value in enumerate(given):
+        ring.append({RSS: value})
+    return ring
 
 
-def test_a_window_holds_its_start_and_not_its_end(clock: Clock) -> None:
-    timeline = Timeline(100, clock)
-    for clock.time_ns in (10, 20, 30, 40):
-        timeline.append("host", {RSS: clock.time_ns})
-    assert times(timeline.window(20, 40)) == [20, 30]
+def contents(ring: Ring) -> list[float]:
+    return [float(value) for value in ring.rows(*ring.bounds())[:, 2]]
 
 
-def test_rows_carry_both_clocks_and_null_for_what_does_not_apply(clock: Clock) -> None:
-    timeline = Timeline(100, clock)
+@given(st.integers(1, 8), st.lists(values, max_size=30))
+def test_a_ring_keeps_the_newest_rows_in_the_order_of_time(capacity: int, given: list[float]) -> None:
+    assert contents(filled(capacity, given)) == given[-capacity:]
+
+
+@given(st.integers(1, 8), st.lists(values, max_size=30), st.integers(0, 40))
+def test_a_row_is_found_by_its_moment_however_often_the_ring_has_wrapped(
+    capacity: int, given: list[float], time_ns: int
+) -> None:
+    ring = filled(capacity, given)
+    first, end = ring.bounds()
+    assert ring.find(time_ns, first, end) == min(max(time_ns, first), end)
+
+
+@given(st.integers(1, 8), st.lists(values, max_size=30), st.integers(0, 40))
+def test_the_peak_is_the_largest_value_since_a_moment(capacity: int, given: list[float], since_ns: int) -> None:
+    kept = [value for time_ns, value in list(enumerate(given))[-capacity:] if time_ns >= since_ns]
+    assert filled(capacity, given).peaks(since_ns) == ({RSS: max(kept)} if kept else {})
+
+
+def test_a_row_carries_both_clocks(clock: Clock) -> None:
+    ring = Ring(2, 1, clock)
     clock.time_ns = 5
-    timeline.append("host", {RSS: 7.0})
-    timeline.append("gpu1", {USED: 8.5})
-    common = {"time_ns": 5, "wall_ns": 1_000_005}
-    assert timeline.window(0, 10).to_pylist() == [
-        common | {"metric": "host_rss_bytes", "server": "hf", "gpu": None, "value": 7.0},
-        common | {"metric": "gpu_memory_used_bytes", "server": None, "gpu": 1, "value": 8.5},
+    ring.append({RSS: 7.0})
+    assert ring.rows(0, 1).view("int64")[0, :2].tolist() == [5, 1_000_005]
+
+
+def test_rows_overwritten_while_they_were_read_are_missing_from_the_front() -> None:
+    ring = filled(4, [0.0, 1.0, 2.0, 3.0])
+    first, end = ring.bounds()
+    for value in (4.0, 5.0):
+        ring.append({RSS: value})
+    assert [float(value) for value in ring.rows(first, end)[:, 2]] == [2.0, 3.0]
+
+
+def test_the_newest_row_lacks_series_that_ended_and_is_empty_when_it_is_too_old(clock: Clock) -> None:
+    ring = Ring(10, 2, clock)
+    assert ring.latest() == {}
+    ring.append({RSS: 1.0, USED: 2.0})
+    clock.time_ns = 9
+    ring.append({RSS: 3.0})
+    assert ring.latest(since_ns=9) == {RSS: 3.0}
+    assert ring.latest(since_ns=10) == {}
+
+
+def test_nothing_is_known_of_a_ring_that_was_cleared() -> None:
+    ring = filled(4, [1.0])
+    ring.clear()
+    assert ring.latest() == {}
+
+
+def test_a_series_that_finds_no_column_is_left_out_and_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    ring = Ring(4, 2)
+    servers = [Series("host_rss_bytes", server) for server in ("a", "b", "c")]
+    for _ in range(2):
+        ring.append(dict.fromkeys(servers, 1.0))
+    assert ring.latest() == dict.fromkeys(servers[:2], 1.0)
+    assert ring.left_out == {servers[2]}
+    assert [record.message for record in caplog.records] == [
+        f"{servers[2]} is left out: all 2 columns of its kind are taken"
     ]
 
 
-@pytest.mark.parametrize("until_ns", [0, 100])
-def test_the_columns_are_the_same_with_and_without_rows(clock: Clock, until_ns: int) -> None:
-    timeline = Timeline(100, clock)
-    timeline.append("host", {RSS: 7.0})
-    assert timeline.window(0, until_ns).schema == SCHEMA
-    assert timeline.window(0, until_ns).num_rows == min(until_ns, 1)
+def test_a_value_that_is_not_a_number_is_absent() -> None:
+    assert filled(4, [math.nan]).latest() == {}
 
 
-def test_the_oldest_tick_of_a_full_ring_makes_room(clock: Clock) -> None:
-    timeline = Timeline(3, clock)
-    for clock.time_ns in range(10):
-        timeline.append("host", {RSS: 1.0})
-    assert times(timeline.window(0, 100)) == [7, 8, 9]
-
-
-def test_a_fast_sampler_does_not_push_out_a_slow_one(clock: Clock) -> None:
-    timeline = Timeline(3, clock)
-    timeline.append("gpu1", {USED: 1.0})
-    for clock.time_ns in range(1, 10):
-        timeline.append("host", {RSS: 1.0})
-    assert times(timeline.window(0, 100)) == [0, 7, 8, 9]
-
-
-def test_rows_of_all_samplers_are_in_the_order_of_time(clock: Clock) -> None:
-    timeline = Timeline(100, clock)
-    for clock.time_ns, sampler in enumerate(["host", "gpu1", "host", "gpu1"]):
-        timeline.append(sampler, {RSS: 1.0})
-    assert times(timeline.window(0, 100)) == [0, 1, 2, 3]
-
-
-def test_the_latest_tick_lacks_series_that_ended(clock: Clock) -> None:
-    timeline = Timeline(100, clock)
-    timeline.append("host", {RSS: 1.0, Series("host_rss_bytes", "vllm"): 2.0})
-    clock.time_ns = 9
-    timeline.append("host", {RSS: 3.0})
-    assert timeline.latest() == {"host": (clock(), {RSS: 3.0})}
+def test_the_memory_of_a_timeline_is_taken_at_once_and_told() -> None:
+    timeline = Timeline()
+    timeline.ring("host", capacity=1000, width=3)
+    timeline.ring("gpu0", capacity=10, width=1)
+    assert timeline.size_bytes == 1000 * 5 * 8 + 10 * 3 * 8
+    before = timeline.size_bytes
+    timeline.rings["gpu0"].append({USED: 1.0})
+    assert timeline.size_bytes == before
