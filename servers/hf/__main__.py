@@ -28,7 +28,7 @@ async def serve(
     """Wait for the engine, serve until SIGINT or SIGTERM, then drain; a second signal ends what still runs."""
     started = time.monotonic()
     loaded = await engine.load()
-    registry = CollectorRegistry()
+    registry = CollectorRegistry(auto_describe=True)  # so that a scrape may ask for some by name
     service = Service(
         name=resolve(settings.model).name,
         engine=engine,

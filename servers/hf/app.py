@@ -10,7 +10,7 @@ from functools import cached_property
 
 from aiohttp import web
 from prometheus_client import CollectorRegistry
-from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client.aiohttp import make_aiohttp_handler
 from pydantic_core import to_json
 from transformers import PreTrainedTokenizerFast
 
@@ -93,13 +93,19 @@ def make_app(service: Service) -> web.Application:
     app[GATE] = Gate()
     app[STATE] = StateCollector(service.engine, service.bytes_per_token)
     service.registry.register(app[STATE])
+    answer_scrape = make_aiohttp_handler(service.registry)
+
+    async def metrics(request: web.Request) -> web.StreamResponse:
+        await app[STATE].read()
+        return await answer_scrape(request)
+
     app.add_routes(
         [
             web.post("/v1/completions", _completions),
             web.post("/v1/chat/completions", _chat),
             web.get("/v1/models", _models),
             web.get("/health", _health),
-            web.get("/metrics", _metrics),
+            web.get("/metrics", metrics),
         ]
     )
     app.cleanup_ctx.append(_engine)
@@ -146,12 +152,6 @@ async def _errors(
 async def _health(request: web.Request) -> web.Response:
     healthy = request.app[SERVICE].engine.alive and not request.app[GATE].closed
     return web.Response(status=200 if healthy else 503)
-
-
-async def _metrics(request: web.Request) -> web.Response:
-    await request.app[STATE].read()
-    body = generate_latest(request.app[SERVICE].registry)
-    return web.Response(body=body, headers={"Content-Type": CONTENT_TYPE_LATEST})
 
 
 async def _models(request: web.Request) -> web.Response:

@@ -74,7 +74,7 @@ async def test_a_model_that_hangs_holds_nothing_else_up_and_its_end_is_noticed(s
     assert server.metrics()["hf:request_total unavailable"] == 200
 
 
-async def test_requests_that_the_pipe_could_not_hold_while_the_model_was_busy_are_all_answered(server: HfServer) -> None:
+async def test_requests_that_the_pipe_could_not_hold_for_a_busy_model_are_all_answered(server: HfServer) -> None:
     server.wait_until_ready()
     model = of_the_model(server)
     model.suspend()

@@ -181,7 +181,7 @@ class Serve:
         context = changes.pop("max_model_len", CONTEXT)
         limits = Limits(context, max_batch, max_waiting, kv_tokens, frozenset([eos]))
         engine = make_engine(rung, self._weights, limits, max_wait)
-        registry = CollectorRegistry()
+        registry = CollectorRegistry(auto_describe=True)
         size = bytes_per_token(self._weights.config, self._weights.dtype.itemsize)
         service = Service(
             name="random:tiny",

@@ -45,6 +45,13 @@ async def test_every_outcome_is_exported_from_the_start(server: Server) -> None:
     assert counted == dict.fromkeys(OUTCOMES, 0.0)
 
 
+async def test_a_scrape_may_ask_for_some_metrics_by_name(server: Server) -> None:
+    answer = await server.client.get("/metrics", params={"name[]": ["hf:kv_live_tokens"]})
+    assert [line for line in (await answer.text()).splitlines() if not line.startswith("#")] == [
+        f'hf:kv_live_tokens{{engine="{server.engine.name}"}} 0.0'
+    ]
+
+
 async def test_every_sample_names_its_engine(server: Server) -> None:
     samples = await server.samples()
     assert {labels["engine"] for _, labels, _ in samples} == {server.engine.name}
