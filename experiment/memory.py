@@ -1,56 +1,163 @@
-"""The monitor's timeline as series for charts: who held how much memory when."""
+"""The layers of a run's memory on one time axis (CLOCK_MONOTONIC): device, process, host, allocator and KV cache.
 
-from collections.abc import Iterator, Sequence
+Device and process come from the monitor's timeline, the allocator and the KV cache from the samples of /metrics.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 
+from experiment.kv import REASONS
+from experiment.live import Cache, Flags, Moments, caches, numbers
 from experiment.plan import TARGETS
 from experiment.stats import Floats
+from loadtest.records import Record
 
-# The finest resolution a chart shows; each of its points keeps the largest value of its stretch of time.
+# The finest resolution a chart shows; of each stretch of time it keeps the largest and the smallest value.
 MAX_POINTS = 800
+Layer = Literal["device", "process", "host", "allocator"]
+Window = tuple[int, int]
+JSON = dict[str, Any]
+
+# What the monitor's metrics and the servers' are in the layers.
+_DEVICE = {"gpu_memory_used_bytes": "used", "gpu_memory_reserved_bytes": "reserved by the driver"}
+_SERVERS: dict[Layer, str] = {"process": "gpu_process_memory_bytes", "host": "host_pss_bytes"}
+_ALLOCATOR = {"torch_reserved_bytes": "reserved", "torch_allocated_bytes": "allocated"}
 
 
 @dataclass(frozen=True)
 class Series:
-    """Memory of one owner over time: seconds since the start of the run, and bytes."""
+    """Bytes over time; `owner` is a server or `unattributed`, "" for a whole GPU, and `gpu` is "" off the GPU."""
 
+    layer: Layer
     owner: str
-    seconds: Floats
+    gpu: str
+    name: str
+    time_ns: Moments
     values: Floats
 
 
-def host_series(timeline: pa.Table, start_ns: int) -> list[Series]:
-    """Proportional memory (PSS) on the host, by server."""
-    return list(_by_server(timeline, "host_pss_bytes", TARGETS, start_ns))
+@dataclass(frozen=True)
+class Memory:
+    """All layers of a run: bytes over time, and the KV caches by server."""
+
+    series: list[Series]
+    caches: dict[str, Cache]
+
+    def figures(self, target: str, windows: Sequence[Window]) -> JSON:
+        """Mean and maximum of each layer for a server in some windows of time; layers without a sample are left out.
+
+        The device is that of all servers. Values are bytes, or tokens where `kv.unit` says so.
+        """
+        found: JSON = {}
+        for one in self.series:
+            values = one.values[inside(one.time_ns, windows)]
+            if one.owner in (target, "") and len(values):
+                name = f"GPU {one.gpu} {one.name}" if one.gpu else one.name
+                found.setdefault(one.layer, {})[name] = _mean_and_max(values)
+        if target in self.caches and (kv := cache_figures(self.caches[target], windows)):
+            found["kv"] = kv
+        return found
 
 
-def gpu_series(timeline: pa.Table, start_ns: int) -> list[Series]:
-    """Memory on each GPU, by server, with what belongs to no server as `unattributed`; empty without a GPU."""
-    return list(_by_server(timeline, "gpu_process_memory_bytes", (*TARGETS, "unattributed"), start_ns))
+def gather(
+    timeline: pa.Table | None, samples: Mapping[str, pa.Table], records: Mapping[str, Sequence[Record]]
+) -> Memory:
+    """Join what the monitor, the servers and the clients have seen; samples and records are by server."""
+    series = list(_of_monitor(timeline)) if timeline is not None else []
+    for target, table in samples.items():
+        for column, name in _ALLOCATOR.items():
+            given = table.filter(pc.is_valid(table[column]))
+            if given.num_rows:
+                times, values = numbers(given, "answered_ns"), numbers(given, column).astype(np.float64)
+                series.append(Series("allocator", target, "", name, times, values))
+    return Memory(series, caches(samples, records))
 
 
-def _by_server(timeline: pa.Table, metric: str, servers: Sequence[str], start_ns: int) -> Iterator[Series]:
+def cache_table(memory: Memory) -> pa.Table:
+    """All samples of the KV caches, with the bounds of the live tokens; counts of tokens."""
+    tables = []
+    for target, cache in memory.caches.items():
+        columns = {"time_ns": cache.time_ns, "target": [target] * len(cache.time_ns), **cache.tokens}
+        tables.append(pa.table(columns | {"broken": cache.broken}))
+    return pa.concat_tables(tables, promote_options="default")
+
+
+def inside(time_ns: Moments, windows: Sequence[Window]) -> Flags:
+    """Which of the moments are inside any of the windows."""
+    found = np.zeros(len(time_ns), dtype=np.bool_)
+    for start_ns, end_ns in windows:
+        found |= (time_ns >= start_ns) & (time_ns < end_ns)
+    return found
+
+
+def cache_figures(cache: Cache, windows: Sequence[Window]) -> JSON | None:
+    """Mean and maximum of a KV cache in some windows, shares of the mean allocated, and the quality of the samples.
+
+    Live tokens and waste have a `low` and a `high`, which are equal where the server counts them itself. None without
+    a sample.
+    """
+    chosen = inside(cache.time_ns, windows)
+    if not chosen.any():
+        return None
+    size = cache.token_bytes or 1
+    values = {name: _mean_and_max(tokens[chosen] * size) for name, tokens in cache.tokens.items()}
+    parts = ("live", *(reason for reason in REASONS if f"{reason}_low" in values))
+    return {
+        "unit": "bytes" if cache.token_bytes else "tokens",
+        "live_source": cache.source,
+        "block_size": cache.block_size,
+        "samples": int(chosen.sum()),
+        "samples_per_second": float(chosen.sum() / sum(end - start for start, end in windows) * 1e9),
+        "missed": int(cache.missed[inside(cache.missed_ns, windows)].sum()),
+        "broken": int(cache.broken[chosen].sum()),
+        "capacity": values["capacity"],
+        "allocated": values["allocated"],
+        "parts": {part: _part(part, values) for part in parts},
+    }
+
+
+def _part(part: str, values: Mapping[str, JSON]) -> JSON:
+    allocated = values["allocated"]["mean"]
+    found: JSON = {end: values[f"{part}_{end}"] for end in ("low", "high")}
+    return found | {"share": [found[end]["mean"] / allocated if allocated else None for end in ("low", "high")]}
+
+
+def _mean_and_max(values: Floats) -> JSON:
+    return {"mean": float(values.mean()), "max": float(values.max())}
+
+
+def _of_monitor(timeline: pa.Table) -> Iterator[Series]:
+    for metric, name in _DEVICE.items():
+        yield from _series(timeline, metric, "device", name)
+    for layer, metric in _SERVERS.items():
+        for one in _series(timeline, metric, layer, "held"):
+            if one.owner in (*TARGETS, "unattributed"):
+                yield one
+
+
+def _series(timeline: pa.Table, metric: str, layer: Layer, name: str) -> Iterator[Series]:
+    """A metric by GPU and server, each in the order of time."""
     rows = timeline.filter(pc.equal(timeline["metric"], metric)).select(["time_ns", "server", "gpu", "value"])
-    rows = rows.set_column(1, "server", rows["server"].cast(pa.string()))
-    rows = rows.filter(pc.is_in(rows["server"], pa.array(servers)))
-    owners = rows.group_by(["server", "gpu"]).aggregate([]).to_pylist()
-    several = len({owner["gpu"] for owner in owners}) > 1
-    for owner in sorted(owners, key=lambda owner: (owner["gpu"] or 0, owner["server"])):
-        own = rows.filter(pc.equal(rows["server"], owner["server"]))
-        if owner["gpu"] is not None:
-            own = own.filter(pc.equal(own["gpu"], owner["gpu"]))
-        own = own.sort_by("time_ns")
-        seconds = (own["time_ns"].to_numpy() - start_ns) / 1e9
-        name = f"{owner['server']}, GPU {owner['gpu']}" if several else owner["server"]
-        yield Series(name, *_thin(seconds, own["value"].to_numpy()))
+    for column in ("server", "gpu"):
+        texts = pc.fill_null(rows[column].cast(pa.string()), "")
+        rows = rows.set_column(rows.schema.get_field_index(column), column, texts)
+    owners = rows.group_by(["gpu", "server"]).aggregate([]).to_pylist()
+    for owner in sorted(owners, key=lambda owner: ([int(n) for n in owner["gpu"].split("/") if n], owner["server"])):
+        same = pc.and_(pc.equal(rows["gpu"], owner["gpu"]), pc.equal(rows["server"], owner["server"]))
+        own = rows.filter(same).sort_by("time_ns")
+        yield Series(layer, owner["server"], owner["gpu"], name, own["time_ns"].to_numpy(), own["value"].to_numpy())
 
 
-def _thin(seconds: Floats, values: Floats) -> tuple[Floats, Floats]:
-    """Keep at most MAX_POINTS points, each the largest of its stretch, so that no spike is lost."""
-    stretch = max(1, -(-len(values) // MAX_POINTS))
-    starts = np.arange(0, len(values), stretch)
-    return seconds[starts], np.maximum.reduceat(values, starts) if len(values) else values
+def thin(values: Floats, points: int = MAX_POINTS) -> NDArray[np.int64]:
+    """Positions of at most `points` values, ascending: the largest and the smallest of each stretch."""
+    if len(values) <= points:
+        return np.arange(len(values))
+    stretches = np.array_split(np.arange(len(values)), max(1, points // 2))
+    kept = [at[int(find(values[at]))] for at in stretches for find in (np.argmax, np.argmin)]
+    return np.unique(kept)

@@ -12,7 +12,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from experiment import stats
+from experiment import kv, stats
+from experiment.memory import Memory, cache_figures, cache_table, gather
 from experiment.plan import TARGETS
 from loadtest import records
 from loadtest.records import Record
@@ -58,6 +59,7 @@ class Results:
     status: JSON
     cells: list[CellResult]
     timeline: pa.Table | None
+    memory: Memory
 
     @property
     def partial(self) -> bool:
@@ -83,7 +85,8 @@ def load(folder: Path) -> Results:
     timeline = [_load_samples(path) for path in sorted((folder / "timeline").glob("*.arrow"))]
     with damage_named(folder):
         table = pa.concat_tables(timeline).unify_dictionaries() if timeline else None
-    return Results(folder, plan, environment, status, cells, table)
+        memory = gather(table, _load_kv(folder / "kv"), {target: _records_of(cells, target) for target in TARGETS})
+    return Results(folder, plan, environment, status, cells, table, memory)
 
 
 def _read_json(path: Path) -> JSON:
@@ -115,8 +118,20 @@ def _load_samples(path: Path) -> pa.Table:
         return reader.read_all()
 
 
+def _load_kv(folder: Path) -> dict[str, pa.Table]:
+    found = {}
+    for path in sorted(folder.glob("*.arrow")):
+        with damage_named(path):
+            found[path.stem] = kv.read(path)
+    return found
+
+
+def _records_of(cells: Sequence[CellResult], target: str) -> list[Record]:
+    return [record for cell in cells if cell.target == target for record in cell.records]
+
+
 def write_tables(results: Results) -> None:
-    """Write all records and the whole timeline as Parquet."""
+    """Write all records, the whole timeline and all samples of the KV caches as Parquet."""
     rows = [
         {"cell": cell.index, "concurrency": cell.concurrency, "repeat": cell.repeat, **asdict(record)}
         for cell in results.cells
@@ -126,6 +141,8 @@ def write_tables(results: Results) -> None:
         pq.write_table(pa.Table.from_pylist(rows, RECORDS_SCHEMA), results.folder / "records.parquet")
     if results.timeline is not None:
         pq.write_table(results.timeline, results.folder / "timeline.parquet")
+    if results.memory.caches:
+        pq.write_table(cache_table(results.memory), results.folder / "kv.parquet")
 
 
 def analyse(results: Results) -> JSON:
@@ -141,7 +158,7 @@ def analyse(results: Results) -> JSON:
         "valid": valid,
         "gates": gates,
         "levels": levels,
-        "cells": [_cell_summary(cell, results.timeline) for cell in results.cells],
+        "cells": [_cell_summary(cell, results) for cell in results.cells],
     }
 
 
@@ -167,7 +184,7 @@ def _headline(levels: Sequence[JSON], valid: bool, partial: bool) -> str:
 def _level(results: Results, concurrency: int, valid: bool) -> JSON:
     cells = [cell for cell in results.cells if cell.concurrency == concurrency and cell.complete]
     by_target = {target: [cell for cell in cells if cell.target == target] for target in TARGETS}
-    targets = {target: _target_summary(own) for target, own in by_target.items() if own}
+    targets = {target: _target_summary(own) | _memory(results, own) for target, own in by_target.items() if own}
     return {"concurrency": concurrency, "targets": targets, "ratios": _ratios(list(_pairs(cells)), valid)}
 
 
@@ -184,6 +201,12 @@ def _target_summary(cells: Sequence[CellResult]) -> JSON:
         distribution = stats.summarize([value for record in chosen if (value := read(record)) is not None])
         summary[metric] = asdict(distribution) if distribution else None
     return summary
+
+
+def _memory(results: Results, cells: Sequence[CellResult]) -> JSON:
+    """What each layer of memory held while the cells of one server and level were at their load."""
+    windows = [window for cell in cells if (window := stats.steady_window(cell.records))]
+    return {"memory": results.memory.figures(cells[0].target, windows)}
 
 
 def _pairs(cells: Sequence[CellResult]) -> Iterator[tuple[CellResult, CellResult]]:
@@ -273,8 +296,10 @@ def _gate(rule: str, passed: bool, found: str) -> JSON:
     return {"rule": rule, "passed": passed, "found": found}
 
 
-def _cell_summary(cell: CellResult, timeline: pa.Table | None) -> JSON:
+def _cell_summary(cell: CellResult, results: Results) -> JSON:
     window = stats.steady_window(cell.records) if cell.complete else None
+    cache = results.memory.caches.get(cell.target)
+    sampled = cache_figures(cache, [(cell.start_ns, cell.end_ns)]) if cache else None
     return {
         "index": cell.index,
         "target": cell.target,
@@ -287,7 +312,8 @@ def _cell_summary(cell: CellResult, timeline: pa.Table | None) -> JSON:
         "failed": stats.errors_by_kind(cell.records),
         "window_ns": window,
         "output_throughput": stats.output_throughput(cell.records) if cell.complete else None,
-        "memory_samples_per_second": _sampling_rate(cell, timeline),
+        "memory_samples_per_second": _sampling_rate(cell, results.timeline),
+        "kv_samples": {name: sampled[name] for name in ("samples_per_second", "missed", "broken")} if sampled else None,
         "client": cell.client,
     }
 

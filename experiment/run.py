@@ -15,6 +15,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
+from experiment.kv import Sampling
 from experiment.plan import TARGETS, Cell, Plan
 from experiment.stack import Program, RunError, Stack, end, get, spawn
 from loadtest import records
@@ -38,8 +39,10 @@ def run_cells(plan: Plan, stack: Stack, folder: Path, console: Console) -> None:
     )
     options = workload_options(plan, stack)
     timeline = Timeline(stack.programs["monitor"].url, folder / "timeline")
-    with progress, timeline:
+    servers = {target: stack.programs[target].url for target in TARGETS}
+    with progress, timeline, Sampling(servers, folder / "kv") as kv:
         for cell in cells:
+            kv.focus(cell.target)
             left = time_left(cells[cell.index - 1 :], took)
             label = f"cell {cell.index}/{len(cells)}: {cell.target}, concurrency {cell.concurrency}"
             total = cell_requests(plan, cell)

@@ -7,10 +7,12 @@ from typing import Any
 
 import jinja2
 
-from experiment.report import charts
+from experiment.report import charts, layers
 from experiment.results import JSON, Results, analyse, damage_named, load, write_tables
 
 NAMES = {"hf": "HF", "vllm": "vLLM"}
+LAYERS = {"device": "device", "process": "process", "host": "host, PSS", "allocator": "torch"}
+REASONS = ("reserved", "padding", "finished", "fragmentation")
 METRICS = {
     "ttft_seconds": "time to first token (TTFT)",
     "tpot_seconds": "time per output token (TPOT)",
@@ -43,17 +45,33 @@ def page(results: Results, summary: JSON) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(ms=_ms, number=_number, gib=_gib)
+    environment.filters.update(ms=_ms, number=_number, gib=_gib, amount=_amount, share=_share)
     return environment.get_template("page.html.j2").render(
         summary=summary,
         plan=results.plan,
         environment=results.environment,
         folder=results.folder.name,
-        charts=charts.draw(results, summary),
+        charts=charts.draw(summary) | layers.draw(results.memory, summary),
         command=_command(results.plan),
         names=NAMES,
         metrics=METRICS,
+        reasons=REASONS,
+        columns=_columns(summary),
+        sources=_sources(summary),
     )
+
+
+def _columns(summary: JSON) -> dict[tuple[str, str], str]:
+    """The layers of memory that were sampled, and how the page names them."""
+    kept = [figures["memory"] for level in summary["levels"] for figures in level["targets"].values()]
+    found = {(layer, name): None for layer in LAYERS for memory in kept for name in memory.get(layer, {})}
+    return {(layer, name): LAYERS[layer] if name == "held" else f"{LAYERS[layer]}: {name}" for layer, name in found}
+
+
+def _sources(summary: JSON) -> JSON:
+    """The figures of a KV cache of each server that has some, for where its live tokens come from."""
+    found = [(t, f["memory"].get("kv")) for level in summary["levels"] for t, f in level["targets"].items()]
+    return {target: figures for target, figures in found if figures}
 
 
 def _command(plan: JSON) -> str:
@@ -76,3 +94,17 @@ def _number(value: Any, digits: int = 0) -> str:
 
 def _gib(value: float) -> str:
     return f"{value / 2**30:.1f}"
+
+
+def _amount(value: float, unit: str) -> str:
+    """Bytes in the largest unit of which there is at least one, or tokens."""
+    if unit == "tokens":
+        return f"{value:,.0f} tokens"
+    scale, name = next(((s, n) for s, n in ((2**30, "GiB"), (2**20, "MiB")) if value >= s), (2**10, "KiB"))
+    return f"{value / scale:,.1f} {name}"
+
+
+def _share(ends: tuple[float | None, float | None]) -> str:
+    """A share in percent, or the bounds between which it is."""
+    texts = [_number(None if end is None else end * 100, 1) for end in ends]
+    return " to ".join(dict.fromkeys(texts))

@@ -37,6 +37,16 @@ def test_a_run_leaves_a_report_that_agrees_with_its_records(compare: Callable[..
     assert "://" not in page.replace("http://www.w3.org", "")  # nothing is fetched from a network
     assert f"{ttft * 1e3:,.1f}" in page
     assert pq.read_table(folder / "timeline.parquet").num_rows > 100
+    for target, source in (("hf", "ledger"), ("vllm", "records")):
+        cache = level["targets"][target]["memory"]["kv"]
+        assert (cache["live_source"], cache["unit"]) == (source, "bytes")
+        assert cache["samples"] > 0
+        assert cache["broken"] == 0
+        low, high = cache["parts"]["live"]["share"]
+        assert 0 < high <= 1
+        assert low <= high
+        assert cache["allocated"]["max"] <= cache["capacity"]["max"]
+    assert set(pq.read_table(folder / "kv.parquet")["target"].to_pylist()) == {"hf", "vllm"}
     assert json.loads(json.dumps(analyse(load(folder)))) == summary
 
 
@@ -76,6 +86,7 @@ def test_a_killed_load_generator_ends_the_run(compare: Callable[..., Compare]) -
     results = load(run.folder)
     assert results.partial
     assert results.cells[0].records
+    assert results.memory.caches["hf"].time_ns.size
 
 
 def test_ctrl_c_keeps_what_was_measured_and_leaves_no_process(compare: Callable[..., Compare]) -> None:
@@ -101,3 +112,4 @@ def test_a_killed_headroom_leaves_no_process_and_a_readable_folder(compare: Call
     results = load(run.folder)
     assert results.partial
     assert results.cells[0].records
+    assert results.memory.caches["hf"].time_ns.size

@@ -14,4 +14,5 @@ def few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def no_charts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out what takes most of the time of a report."""
-    monkeypatch.setattr("experiment.report.charts.draw", lambda *_: {})
+    for name in ("charts", "layers"):
+        monkeypatch.setattr(f"experiment.report.{name}.draw", lambda *_: {})

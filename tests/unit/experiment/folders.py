@@ -8,10 +8,12 @@ from typing import Any
 
 import pyarrow as pa
 
+from experiment import kv
 from experiment.plan import Cell, Plan
 from experiment.run import cell_requests, warmup
 from loadtest.records import Phase, Record, RecordFile, read, to_bytes
-from monitor.timeline import Instant, Series, Timeline
+from monitor.timeline import Series
+from monitor.window import SCHEMA
 
 SECOND = 10**9
 CLIENT = {"cpu_share": 0.1, "loop_lag_p99_seconds": 0.001, "goes_first": True}
@@ -81,12 +83,41 @@ def change_json(path: Path, **changes: Any) -> None:
 
 def timeline(rows: Mapping[Series, Sequence[float]], step_ns: int = SECOND) -> pa.Table:
     """What the monitor answers when it has sampled each series once a step."""
-    now_ns = 0
-    kept = Timeline(10_000, lambda: Instant(now_ns, now_ns))
-    for tick in range(max(map(len, rows.values()))):
-        now_ns = tick * step_ns
-        kept.append("all", {series: values[tick] for series, values in rows.items() if tick < len(values)})
-    return kept.window(0, now_ns + 1)
+    ticks = range(max(map(len, rows.values())))
+    found = [
+        {"time_ns": tick * step_ns, "wall_ns": tick * step_ns, "value": values[tick], **series._asdict()}
+        for tick in ticks
+        for series, values in rows.items()
+        if tick < len(values)
+    ]
+    return pa.Table.from_pylist(found, SCHEMA)
+
+
+def kv_row(at_ns: int, **changes: Any) -> dict[str, Any]:
+    """A sample of the HF server, which holds 10 tokens of 4,096 bytes, 6 of them live."""
+    row = {"asked_ns": at_ns, "answered_ns": at_ns, "skipped": 0, "running": 1, "waiting": 0, "bytes_per_token": 4096}
+    row |= {"capacity": 100, "allocated": 10, "live": 6, "reserved": 3, "padding": 1, "finished": 0, "fragmentation": 0}
+    return row | changes
+
+
+def paged_row(at_ns: int, **changes: Any) -> dict[str, Any]:
+    """A sample of vLLM, which has one block of 16 tokens in use."""
+    row: dict[str, Any] = {"asked_ns": at_ns, "answered_ns": at_ns, "skipped": 0, "running": 1, "waiting": 0}
+    row["preemptions"] = 0
+    row |= {"capacity": 1600, "allocated": 16, "block_size": 16, "cache_dtype": "auto", "prefix_caching": False}
+    return row | changes
+
+
+def kv_table(*rows: dict[str, Any]) -> pa.Table:
+    return pa.Table.from_pylist(list(rows), kv.SCHEMA)
+
+
+def write_kv(folder: Path) -> None:
+    """Ten samples a second of each cell's server."""
+    for target, make in (("hf", kv_row), ("vllm", paged_row)):
+        cells = [json.loads(path.read_text()) for path in sorted(folder.glob(f"cells/*-{target}-*/cell.json"))]
+        times = [ns for cell in cells for ns in range(cell["start_ns"], cell["end_ns"], SECOND // 10)]
+        write_timeline(folder / "kv" / f"{target}.arrow", kv_table(*(make(ns) for ns in times)))
 
 
 def write_timeline(path: Path, table: pa.Table) -> None:

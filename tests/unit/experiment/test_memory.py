@@ -1,72 +1,154 @@
-"""Series for charts, from tables as the monitor answers them."""
+"""The layers of memory, from tables as the monitor and the KV samplers leave them."""
 
+from typing import Any
+
+import numpy as np
 import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from experiment import memory
-from monitor.timeline import Series
-from tests.unit.experiment.folders import SECOND, timeline
+from experiment.memory import Memory, Series, gather
+from monitor.timeline import Series as Sampled
+from tests.unit.experiment.folders import SECOND, kv_row, kv_table, make_record, paged_row, timeline
 
-HF, VLLM = (Series("host_pss_bytes", server=name) for name in ("hf", "vllm"))
-
-
-def owners(series: list[memory.Series]) -> list[str]:
-    return [one.owner for one in series]
+HF, VLLM = (Sampled("host_pss_bytes", server=name) for name in ("hf", "vllm"))
+WHOLE = [(0, 1000 * SECOND)]
 
 
-def on_gpu(server: str, gpu: int) -> Series:
-    return Series("gpu_process_memory_bytes", server=server, gpu=gpu)
+def on_gpu(server: str, gpu: str) -> Sampled:
+    return Sampled("gpu_process_memory_bytes", server=server, gpu=gpu)
 
 
-def test_each_server_has_its_own_series_from_the_start_of_the_run() -> None:
-    series = memory.host_series(timeline({VLLM: [10, 20, 30], HF: [1, 2]}), SECOND)
-    assert owners(series) == ["hf", "vllm"]
-    assert series[0].values.tolist() == [1, 2]
-    assert series[1].values.tolist() == [10, 20, 30]
-    assert series[1].seconds.tolist() == [-1.0, 0.0, 1.0]
+def of_monitor(rows: dict[Sampled, Any]) -> list[Series]:
+    return gather(timeline(rows), {}, {}).series
+
+
+def names(series: list[Series]) -> list[tuple[str, str, str]]:
+    return [(one.layer, one.owner, one.gpu) for one in series]
+
+
+def test_each_server_has_a_series_of_its_own() -> None:
+    hf, vllm = of_monitor({VLLM: [10, 20, 30], HF: [1, 2]})
+    assert (hf.layer, hf.owner, hf.values.tolist(), hf.time_ns.tolist()) == ("host", "hf", [1, 2], [0, SECOND])
+    assert (vllm.owner, vllm.values.tolist()) == ("vllm", [10, 20, 30])
 
 
 def test_other_metrics_and_other_processes_are_left_out() -> None:
-    rows = {HF: [1.0], Series("host_rss_bytes", server="hf"): [5.0], Series("host_pss_bytes", server="monitor"): [9.0]}
-    (only,) = memory.host_series(timeline(rows), 0)
-    assert (only.owner, only.values.tolist()) == ("hf", [1.0])
+    rows = {HF: [1.0], Sampled("host_rss_bytes", server="hf"): [5.0], Sampled("host_pss_bytes", server="else"): [9.0]}
+    assert names(of_monitor(rows)) == [("host", "hf", "")]
 
 
-def test_memory_of_no_server_is_shown_on_the_gpu_only() -> None:
-    rows = {on_gpu("unattributed", 0): [7.0], Series("host_pss_bytes", server="unattributed"): [9.0]}
-    assert owners(memory.gpu_series(timeline(rows), 0)) == ["unattributed"]
-    assert memory.host_series(timeline(rows), 0) == []
+def test_the_device_the_driver_and_processes_of_no_server_are_there_on_a_gpu() -> None:
+    rows = {
+        on_gpu("unattributed", "0"): [7.0],
+        Sampled("gpu_memory_used_bytes", gpu="0"): [9.0],
+        Sampled("gpu_memory_reserved_bytes", gpu="0"): [2.0],
+        Sampled("gpu_clock_hertz", gpu="0", detail="sm"): [1e9],
+    }
+    series = of_monitor(rows)
+    assert names(series) == [("device", "", "0"), ("device", "", "0"), ("process", "unattributed", "0")]
+    assert [one.name for one in series] == ["used", "reserved by the driver", "held"]
 
 
-def test_one_gpu_is_not_numbered_and_several_are() -> None:
-    assert owners(memory.gpu_series(timeline({on_gpu("hf", 0): [1.0]}), 0)) == ["hf"]
-    two = timeline({on_gpu("vllm", 1): [4.0], on_gpu("hf", 1): [3.0], on_gpu("hf", 0): [1.0]})
-    series = memory.gpu_series(two, 0)
-    assert owners(series) == ["hf, GPU 0", "hf, GPU 1", "vllm, GPU 1"]
-    assert [one.values.tolist() for one in series] == [[1.0], [3.0], [4.0]]
+def test_gpus_and_their_parts_are_in_the_order_of_their_numbers() -> None:
+    gpus = ["10", "0/1", "2", "0"]
+    assert [one.gpu for one in of_monitor({on_gpu("hf", gpu): [1.0] for gpu in gpus})] == ["0", "0/1", "2", "10"]
+
+
+def test_a_timeline_with_numbers_for_gpus_is_read_too() -> None:
+    table = timeline({on_gpu("hf", "1"): [3.0]}).drop_columns(["detail"])
+    table = table.set_column(table.schema.get_field_index("gpu"), "gpu", pa.array([1], pa.int16()))
+    assert names(gather(table, {}, {}).series) == [("process", "hf", "1")]
 
 
 def test_there_are_no_series_without_samples() -> None:
-    empty = timeline({HF: [1.0]}).slice(0, 0)
-    assert memory.host_series(empty, 0) == memory.gpu_series(empty, 0) == []
+    assert gather(timeline({HF: [1.0]}).slice(0, 0), {}, {}).series == gather(None, {}, {}).series == []
 
 
 def test_pieces_of_a_timeline_are_put_in_the_order_of_time() -> None:
     whole = timeline({HF: [1.0, 2.0, 3.0]})
-    (series,) = memory.host_series(pa.concat_tables([whole.slice(2), whole.slice(0, 2)]), 0)
-    assert series.seconds.tolist() == [0.0, 1.0, 2.0]
+    (series,) = gather(pa.concat_tables([whole.slice(2), whole.slice(0, 2)]), {}, {}).series
     assert series.values.tolist() == [1.0, 2.0, 3.0]
 
 
-def test_a_long_series_is_thinned_and_its_spike_kept() -> None:
-    values = [1.0] * 3001
-    values[1234] = 99.0
-    (series,) = memory.host_series(timeline({HF: values}), 0)
-    assert len(series.seconds) == len(series.values) <= memory.MAX_POINTS
-    assert series.values.max() == 99.0
-    assert series.values.min() == 1.0
+def test_the_allocator_is_a_layer_where_the_server_tells_of_it() -> None:
+    rows = [kv_row(1, torch_allocated_bytes=5, torch_reserved_bytes=8), kv_row(2)]
+    series = gather(None, {"hf": kv_table(*rows), "vllm": kv_table(paged_row(1))}, {}).series
+    assert [(one.layer, one.owner, one.name, one.values.tolist()) for one in series] == [
+        ("allocator", "hf", "reserved", [8]),
+        ("allocator", "hf", "allocated", [5]),
+    ]
+
+
+def test_figures_are_those_of_the_windows_and_of_the_server() -> None:
+    rows = {HF: [1.0, 2.0, 6.0, 100.0], VLLM: [50.0] * 4, Sampled("gpu_memory_used_bytes", gpu="0"): [7.0] * 4}
+    found = Memory(of_monitor(rows), {}).figures("hf", [(0, SECOND), (2 * SECOND, 3 * SECOND)])
+    assert found == {
+        "device": {"GPU 0 used": {"mean": 7.0, "max": 7.0}},
+        "host": {"held": {"mean": 3.5, "max": 6.0}},
+    }
+    assert Memory(of_monitor(rows), {}).figures("hf", [(90 * SECOND, 91 * SECOND)]) == {}
+
+
+def test_a_ledger_gives_bytes_and_shares_that_add_up_to_one() -> None:
+    rows = [kv_row(SECOND), kv_row(2 * SECOND, allocated=30, live=26, skipped=3)]
+    found = gather(None, {"hf": kv_table(*rows)}, {}).figures("hf", [(0, 4 * SECOND)])["kv"]
+    assert (found["unit"], found["live_source"], found["block_size"]) == ("bytes", "ledger", None)
+    assert found["allocated"] == {"mean": 20 * 4096, "max": 30 * 4096}
+    assert found["capacity"]["max"] == 100 * 4096
+    assert found["parts"]["live"]["share"] == [0.8, 0.8]
+    assert sum(part["share"][0] for part in found["parts"].values()) == pytest.approx(1)
+    assert (found["samples"], found["samples_per_second"], found["missed"], found["broken"]) == (2, 0.5, 3, 0)
+
+
+def test_bounds_of_live_give_bounds_of_the_waste() -> None:
+    chunks = {"chunk_ns": [SECOND, 3 * SECOND, 4 * SECOND], "chunk_tokens": [1, 1, 1], "end_ns": 5 * SECOND}
+    record = make_record(target="vllm", prompt_tokens=9, output_tokens=3, **chunks)
+    samples = {"hf": kv_table(kv_row(0)), "vllm": kv_table(paged_row(2 * SECOND))}
+    parts = gather(None, samples, {"vllm": [record]}).figures("vllm", WHOLE)["kv"]["parts"]
+    assert parts["live"]["share"] == [9 / 16, 11 / 16]
+    assert parts["fragmentation"]["share"] == [5 / 16, 7 / 16]
+    assert set(parts) == {"live", "fragmentation"}
+
+
+def test_a_cache_whose_tokens_have_no_known_size_is_counted_in_tokens() -> None:
+    found = gather(None, {"vllm": kv_table(paged_row(0, running=0))}, {}).figures("vllm", WHOLE)["kv"]
+    assert (found["unit"], found["allocated"]["mean"], found["broken"]) == ("tokens", 16, 1)
+
+
+def test_an_empty_cache_has_no_shares() -> None:
+    empty = kv_row(0, allocated=0, live=0, reserved=0, padding=0)
+    found = gather(None, {"hf": kv_table(empty)}, {}).figures("hf", WHOLE)["kv"]
+    assert found["parts"]["live"]["share"] == [None, None]
+
+
+def test_the_table_of_all_samples_has_a_row_for_each_of_every_server() -> None:
+    samples = {"hf": kv_table(kv_row(3), kv_row(4)), "vllm": kv_table(paged_row(5))}
+    table = memory.cache_table(gather(None, samples, {}))
+    assert table["target"].to_pylist() == ["hf", "hf", "vllm"]
+    assert table["time_ns"].to_pylist() == [3, 4, 5]
+    assert table["padding_low"].to_pylist() == [1, 1, None]
+
+
+@given(st.lists(st.floats(-1e9, 1e9), min_size=1, max_size=400), st.integers(2, 50))
+def test_thinning_keeps_order_and_the_largest_and_smallest_of_all(values: list[float], points: int) -> None:
+    array = np.array(values)
+    kept = memory.thin(array, points)
+    assert 0 < len(kept) <= max(2, points)
+    assert kept.tolist() == sorted(set(kept.tolist()))
+    assert array[kept].max() == array.max()
+    assert array[kept].min() == array.min()
+
+
+def test_a_spike_of_one_sample_in_each_direction_is_kept() -> None:
+    values = np.full(100_000, 5.0)
+    values[54_321], values[54_322] = 99.0, 1.0
+    kept = memory.thin(values)
+    assert len(kept) <= memory.MAX_POINTS
+    assert {54_321, 54_322} <= set(kept.tolist())
 
 
 def test_a_series_that_fits_is_kept_as_it_is() -> None:
-    values = [float(value) for value in range(memory.MAX_POINTS)]
-    (series,) = memory.host_series(timeline({HF: values}), 0)
-    assert series.values.tolist() == values
+    assert memory.thin(np.arange(memory.MAX_POINTS, dtype=np.float64)).tolist() == list(range(memory.MAX_POINTS))

@@ -1,6 +1,7 @@
 """The page of a report: what it says, and that it needs nothing from outside."""
 
 import html
+import json
 import re
 import shlex
 from pathlib import Path
@@ -10,8 +11,20 @@ from pydantic_settings import CliApp
 
 from experiment import report
 from experiment.plan import Plan
+from experiment.report import charts, layers
+from experiment.results import analyse, load
 from monitor.timeline import Series
-from tests.unit.experiment.folders import change_json, change_records, make_folder, make_plan, timeline, write_timeline
+from tests.unit.experiment.folders import (
+    change_json,
+    change_records,
+    kv_row,
+    kv_table,
+    make_folder,
+    make_plan,
+    timeline,
+    write_kv,
+    write_timeline,
+)
 
 
 def page(folder: Path) -> str:
@@ -30,9 +43,97 @@ def test_a_page_shows_the_headline_and_nothing_is_loaded_from_outside(tmp_path: 
     assert "At concurrency 2 vLLM made 2.00 times" in text
     assert "Partial." not in text
     assert "Not valid." not in text
-    assert text.count("<figure>") == 5  # throughput, TTFT, TPOT, E2E and memory of the host
+    assert text.count("<figure") == 5  # throughput, TTFT, TPOT, E2E and memory
     outside = [link for link in re.findall(r"\w*://[^\s\"'<>]*", text) if not link.startswith("http://www.w3.org/")]
     assert outside == []
+
+
+def row(text: str, server: str) -> list[str]:
+    """Cells of the server's row in the table of KV caches."""
+    table = text[text.index("KV cache at its load") :]
+    found = re.search(rf'<tr><td class="n">\d+</td><td class="{server}">.*?</tr>', table, re.DOTALL)
+    assert found is not None
+    return [re.sub(r"<[^>]*>", " ", cell).strip() for cell in re.findall(r"<td.*?>(.*?)</td>", found[0], re.DOTALL)]
+
+
+@pytest.mark.usefixtures("no_charts")
+def test_the_table_of_kv_caches_shows_live_and_waste_and_where_live_comes_from(tmp_path: Path) -> None:
+    folder = make_small(tmp_path)
+    write_kv(folder)
+    text = page(folder)
+    hf, vllm = row(text, "hf"), row(text, "vllm")
+    assert hf[:4] == ["1", "HF", "400.0 KiB", "40.0 KiB  peak 40.0 KiB"]
+    assert hf[4:9] == ["60.0", "30.0", "10.0", "0.0", "0.0"]
+    # A prompt of 7 and up to four tokens in a block of 16.
+    low, high = (float(end) for end in vllm[4].split(" to "))
+    assert 0 <= low <= 9 / 0.16 <= high <= 11 / 0.16
+    assert vllm[5:8] == ["-", "-", "-"]
+    assert "the server counts its live tokens itself" in text
+    assert "does not export its live tokens: they are between two bounds" in text
+    assert "A block holds 16 tokens" in text
+
+
+@pytest.mark.usefixtures("no_charts")
+def test_samples_that_do_not_add_up_and_those_missed_are_counted_in_the_table(tmp_path: Path) -> None:
+    folder = make_small(tmp_path)
+    sent = json.loads((folder / "cells" / "01-hf-c1-r1" / "cell.json").read_text())["start_ns"] + 3 * 10**9
+    rows = [kv_row(sent), kv_row(sent + 10, live=7), kv_row(sent + 20, skipped=4)]
+    write_timeline(folder / "kv" / "hf.arrow", kv_table(*rows))
+    text = page(folder)
+    assert row(text, "hf")[-1].split() == ["3", "4", "missed", "1", "wrong"]
+    assert '<span class="bad">1 wrong</span>' in text
+    assert row(text, "vllm") == ["1", "vLLM", "no samples"]
+
+
+def test_every_layer_has_a_panel_and_the_cells_are_marked(tmp_path: Path) -> None:
+    folder = make_small(tmp_path)
+    gpu = {
+        Series("gpu_memory_used_bytes", gpu="0"): [2.0**34] * 9,
+        Series("gpu_process_memory_bytes", server="vllm", gpu="0"): [2.0**33] * 9,
+        Series("gpu_process_memory_bytes", server="unattributed", gpu="0"): [2.0**20] * 9,
+        Series("host_pss_bytes", server="hf"): [2.0**30] * 9,
+    }
+    write_timeline(folder / "timeline" / "1.arrow", timeline(gpu, step_ns=500 * 10**9))
+    write_kv(folder)
+    sampled = [kv_row(1001 * 10**9, torch_allocated_bytes=5 * 2**20, torch_reserved_bytes=6 * 2**20)]
+    write_timeline(folder / "kv" / "hf.arrow", kv_table(*sampled))
+    results = load(folder)
+    chart = layers.draw(results.memory, analyse(results))["memory"]
+    titles = [*layers.TITLES.values(), "KV cache of HF", "KV cache of vLLM"]
+    places = [chart.index(title) for title in titles]
+    assert places == sorted(places)
+    for word in ("unattributed", "live or unused", "fragmentation", "padding", "seconds since the first cell began"):
+        assert word in chart
+    assert "finished" not in chart  # there were none
+    assert all(color in chart for color in charts.COLORS.values())
+
+
+def test_without_a_sample_in_the_time_of_the_cells_there_is_no_chart(tmp_path: Path) -> None:
+    folder = make_small(tmp_path)
+    write_timeline(folder / "timeline" / "1.arrow", timeline({Series("host_pss_bytes", server="hf"): [1.0]}))
+    results = load(folder)
+    assert layers.draw(results.memory, analyse(results)) == {}
+
+
+@pytest.mark.parametrize(
+    ("value", "unit", "text"),
+    [
+        (2**30, "bytes", "1.0 GiB"),
+        (2**20, "bytes", "1.0 MiB"),
+        (512, "bytes", "0.5 KiB"),
+        (1234, "tokens", "1,234 tokens"),
+    ],
+)
+def test_amounts_are_in_the_largest_unit_that_fits(value: float, unit: str, text: str) -> None:
+    assert report._amount(value, unit) == text
+
+
+@pytest.mark.parametrize(
+    ("ends", "text"),
+    [((0.5, 0.5), "50.0"), ((0.25, 0.5), "25.0 to 50.0"), ((0.5, 0.50001), "50.0"), ((None, None), "-")],
+)
+def test_a_share_is_one_figure_where_its_bounds_are_the_same(ends: tuple[float, float], text: str) -> None:
+    assert report._share(ends) == text
 
 
 @pytest.mark.usefixtures("no_charts")
@@ -64,7 +165,9 @@ def test_a_broken_rule_has_a_banner(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("no_charts")
 def test_samples_that_are_missing_are_said_to_be(tmp_path: Path) -> None:
-    assert "The monitor&#39;s samples are missing" in page(make_small(tmp_path)).replace("'", "&#39;")
+    text = page(make_small(tmp_path))
+    assert "There are no memory samples." in text
+    assert row(text, "hf") == ["1", "HF", "no samples"]
 
 
 @pytest.mark.parametrize(

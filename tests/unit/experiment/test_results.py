@@ -20,6 +20,7 @@ from tests.unit.experiment.folders import (
     make_folder,
     make_plan,
     timeline,
+    write_kv,
     write_timeline,
 )
 
@@ -259,6 +260,35 @@ def test_tables_hold_every_request_and_every_sample(folder: Path) -> None:
         (4, "hf", 2),
     }
     assert pq.read_table(folder / "timeline.parquet")["value"].to_pylist() == [1.0, 2.0]
+
+
+def test_memory_is_in_the_figures_of_each_server_and_level_and_of_each_cell(folder: Path) -> None:
+    write_kv(folder)
+    series = {Series("host_pss_bytes", server="hf"): [5.0] * 5, Series("host_pss_bytes", server="vllm"): [7.0] * 5}
+    write_timeline(folder / "timeline" / "1.arrow", timeline(series, step_ns=1001 * 10**9))
+    summary = summary_of(folder)
+    (level,) = summary["levels"]
+    hf, vllm = (level["targets"][target]["memory"] for target in ("hf", "vllm"))
+    assert hf["host"] == {"held": {"mean": 5.0, "max": 5.0}}
+    assert hf["kv"]["parts"]["live"]["share"] == [0.6, 0.6]
+    assert (vllm["kv"]["live_source"], vllm["kv"]["unit"]) == ("records", "bytes")
+    assert summary["cells"][0]["kv_samples"]["broken"] == 0
+    assert summary["cells"][0]["kv_samples"]["samples_per_second"] == pytest.approx(10)
+    write_tables(load(folder))
+    assert set(pq.read_table(folder / "kv.parquet")["target"].to_pylist()) == {"hf", "vllm"}
+
+
+def test_a_run_without_samples_of_the_kv_caches_has_none(folder: Path) -> None:
+    summary = summary_of(folder)
+    assert summary["levels"][0]["targets"]["hf"]["memory"] == {}
+    assert summary["cells"][0]["kv_samples"] is None
+
+
+def test_a_damaged_file_of_kv_samples_is_named(folder: Path) -> None:
+    (folder / "kv").mkdir()
+    (folder / "kv" / "hf.arrow").write_text("nonsense")
+    with pytest.raises(ResultError, match=r"hf\.arrow: damaged"):
+        load(folder)
 
 
 def test_the_summary_is_the_same_from_the_same_records(folder: Path) -> None:
