@@ -84,6 +84,8 @@ def sampling(server: str, url: str, path: Path) -> Iterator[None]:
     finally:
         over.set()
         process.join(10)
+    if process.exitcode:
+        raise RunError(f"the sampler of {server} ended with {process.exitcode}; what it said is above")
 
 
 def throughput(options: Options, url: str, round_: int) -> float:
@@ -149,7 +151,7 @@ def rate(path: Path) -> float:
     """Good samples per second in a file."""
     table = kv.read(path)
     times = table["answered_ns"].to_numpy()
-    return float(table["error"].null_count / (times[-1] - times[0]) * 1e9)
+    return float((table["error"].null_count - 1) / (times[-1] - times[0]) * 1e9)
 
 
 def line(found: JSON) -> str:
