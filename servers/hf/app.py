@@ -10,7 +10,7 @@ from functools import cached_property
 
 from aiohttp import web
 from prometheus_client import CollectorRegistry
-from prometheus_client.aiohttp import make_aiohttp_handler
+from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from pydantic_core import to_json
 from transformers import PreTrainedTokenizerFast
 
@@ -93,19 +93,13 @@ def make_app(service: Service) -> web.Application:
     app[GATE] = Gate()
     app[STATE] = StateCollector(service.engine, service.bytes_per_token)
     service.registry.register(app[STATE])
-    answer_scrape = make_aiohttp_handler(service.registry)
-
-    async def metrics(request: web.Request) -> web.StreamResponse:
-        await app[STATE].read()
-        return await answer_scrape(request)
-
     app.add_routes(
         [
             web.post("/v1/completions", _completions),
             web.post("/v1/chat/completions", _chat),
             web.get("/v1/models", _models),
             web.get("/health", _health),
-            web.get("/metrics", metrics),
+            web.get("/metrics", _metrics),
         ]
     )
     app.cleanup_ctx.append(_engine)
@@ -152,6 +146,17 @@ async def _errors(
 async def _health(request: web.Request) -> web.Response:
     healthy = request.app[SERVICE].engine.alive and not request.app[GATE].closed
     return web.Response(status=200 if healthy else 503)
+
+
+async def _metrics(request: web.Request) -> web.Response:
+    """Answer a scrape, of some metrics if it names them, in the text format whatever it accepts.
+
+    prometheus_client's OpenMetrics would turn the colon of our names, which vLLM's have too, into an underscore.
+    """
+    await request.app[STATE].read()
+    registry, names = request.app[SERVICE].registry, request.query.getall("name[]", [])
+    body = generate_latest(registry.restricted_registry(names) if names else registry)
+    return web.Response(body=body, headers={"Content-Type": CONTENT_TYPE_LATEST})
 
 
 async def _models(request: web.Request) -> web.Response:

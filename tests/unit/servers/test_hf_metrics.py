@@ -52,6 +52,11 @@ async def test_a_scrape_may_ask_for_some_metrics_by_name(server: Server) -> None
     ]
 
 
+async def test_names_are_the_same_for_a_scrape_that_prefers_openmetrics(server: Server) -> None:
+    answer = await server.client.get("/metrics", headers={"Accept": "application/openmetrics-text;version=1.0.0"})
+    assert "\nhf:kv_live_tokens{" in await answer.text()
+
+
 async def test_every_sample_names_its_engine(server: Server) -> None:
     samples = await server.samples()
     assert {labels["engine"] for _, labels, _ in samples} == {server.engine.name}
