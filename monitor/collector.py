@@ -93,9 +93,9 @@ class TimelineCollector(Collector):
         latest: Readings = {}
         peaks: Readings = {}
         for ring in self._timeline.rings.values():
-            newest = ring.latest(now_ns - STALE_NS)
-            latest |= newest
-            if any(series.metric in PEAKS for series in newest):
+            latest |= ring.latest(now_ns - STALE_NS)
+            # Also when the newest row has no value: a spike just before the end is what is looked for.
+            if any(series.metric in PEAKS for series in ring.columns.copy()):
                 peaks |= ring.peaks(now_ns - PEAK_NS)
         yield from _families(latest, METRICS)
         largest = {series._replace(metric=PEAKS[series.metric]): peaks[series] for series in peaks if _peaks(series)}

@@ -186,6 +186,8 @@ class Fast:
         if device is not self._device or self._reader is None:
             self._device, self._reader = device, Reader(device.handle)
         memory = self._gpu.attempt("memory", device, self._reader.memory)
+        if self._gpu.device is not device:
+            return False
         well = memory is not None
         time_ns = time.monotonic_ns()
         if time_ns >= self._next_ns:
@@ -208,7 +210,8 @@ class Fast:
             memory = self._gpu.attempt("memory", device, reader.memory)
         if memory:
             parts[self._rest] = max(0.0, memory[0] - known)
-        self._parts_ring.put(parts)
+        if self._gpu.device is device:
+            self._parts_ring.put(parts)
         return memory
 
     def _parts(self, running: Running) -> tuple[list[float], float]:

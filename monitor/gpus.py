@@ -70,7 +70,10 @@ class Gpus:
         for device in found.devices:
             gpu = self.found.get(device.gpu)
             if gpu:
-                if gpu.identity.tiers == device.tiers:
+                if gpu.identity.uuid != device.uuid:
+                    # Its series must not go on with what another device holds.
+                    log.warning("GPU %s is another one than before: start the monitor anew", device.gpu)
+                elif gpu.identity.tiers == device.tiers:
                     gpu.attach(device)
                 else:
                     log.warning("GPU %s: MIG was switched on or off: start the monitor anew", device.gpu)

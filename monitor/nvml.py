@@ -112,6 +112,7 @@ class Device:
     unsupported: set[str] = field(default_factory=set)
     failing: set[str] = field(default_factory=set)
     events: Any = None
+    nvlink_kib: dict[tuple[str, int], int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -240,10 +241,13 @@ def _nvlink(device: Device) -> Values:
     values: Values = {}
     for detail, kind in kinds.items():
         fields = pynvml.nvmlDeviceGetFieldValues(device.handle, [(kind, link) for link in range(links.value.uiVal)])
-        kib = [link.value.ullVal for link in fields if not link.nvmlReturn]
+        kib = {(detail, number): link.value.ullVal for number, link in enumerate(fields) if not link.nvmlReturn}
         if not kib:
             raise pynvml.NVMLError(fields[0].nvmlReturn)
-        values["gpu_nvlink_bytes_total", detail] = sum(kib) * 1024
+        # A link that fails keeps what it had: a sum that falls would look like a counter that was reset.
+        device.nvlink_kib.update(kib)
+        total = sum(count for (kind_of, _), count in device.nvlink_kib.items() if kind_of == detail)
+        values["gpu_nvlink_bytes_total", detail] = total * 1024
     return values
 
 
@@ -265,7 +269,11 @@ def count_xids(device: Device, counts: Counter[int]) -> Values:
     """Count the XID errors that came since the last call into `counts`; answer those of all codes so far."""
     if device.events is None:
         events = pynvml.nvmlEventSetCreate()
-        pynvml.nvmlDeviceRegisterEvents(device.handle, pynvml.nvmlEventTypeXidCriticalError, events)
+        try:
+            pynvml.nvmlDeviceRegisterEvents(device.handle, pynvml.nvmlEventTypeXidCriticalError, events)
+        except pynvml.NVMLError:
+            pynvml.nvmlEventSetFree(events)
+            raise
         device.events = events
     try:
         for _ in range(MAX_EVENTS):

@@ -26,7 +26,7 @@
 #include <unistd.h>
 
 enum { OK = 0, UNINITIALIZED = 1, INVALID = 2, NOT_SUPPORTED = 3, NOT_FOUND = 6, TOO_SMALL = 7, TIMEOUT = 10, LOST = 15 };
-enum { MAX_DEVICES = 32, MAX_EVENTS = 4096 };
+enum { NO_RESOURCES = 23, UNKNOWN = 999, MAX_DEVICES = 32, MAX_EVENTS = 4096, MAX_EVENT_SETS = 64 };
 
 typedef struct { char name[16]; double total; int split; long generation, lost; } Device;
 typedef struct { char kind; double from, until; char device[16], what[64]; double value; } Event;
@@ -41,7 +41,7 @@ static int device_count, event_count;
 static double origin, speed = 1, period, xid_seen[MAX_DEVICES];
 static struct stat loaded;
 static long generation;
-static int is_open, is_broken;
+static int is_open, is_broken, event_sets;
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 
 /* Set by a test that keeps the time itself (ns on the script's clock); 0: CLOCK_MONOTONIC. */
@@ -204,7 +204,9 @@ int nvmlDeviceGetMigDeviceHandleByIndex(Device *device, unsigned index, Device *
 }
 
 int nvmlDeviceGetUUID(Device *device, char *text, unsigned size) {
-    snprintf(text, size, "GPU-%s", device->name);
+    double other = latest('v', device, "uuid", -1);
+    if (other < 0) snprintf(text, size, "GPU-%s", device->name);
+    else snprintf(text, size, "GPU-%.0f", other);
     return enter(device, "uuid");
 }
 
@@ -282,13 +284,27 @@ int nvmlDeviceGetFieldValues(Device *device, int count, Field *fields) {
         double value = 0;
         /* NVML_FI_DEV_NVLINK_LINK_COUNT and NVML_FI_DEV_NVLINK_THROUGHPUT_DATA_TX, whose next is _RX. */
         const char *key = fields[i].id == 91 ? "links" : fields[i].id == 138 ? "nvlink-tx" : "nvlink-rx";
-        fields[i].error = (unsigned)answer(device, "nvlink", key, &value);
+        char down[32];
+        snprintf(down, sizeof down, "link-%u-down", fields[i].scope);
+        int failed = fields[i].id != 91 && answer(device, "nvlink", down, &value) == OK && value;
+        fields[i].error = failed ? UNKNOWN : (unsigned)answer(device, "nvlink", key, &value);
         fields[i].value = (unsigned long long)value;
     }
     return enter(device, "nvlink");
 }
 
-int nvmlEventSetCreate(void **set) { *set = calloc(1, sizeof(Device *)); return OK; }
+int nvmlEventSetCreate(void **set) {
+    if (event_sets == MAX_EVENT_SETS) return NO_RESOURCES;
+    event_sets++;
+    *set = calloc(1, sizeof(Device *));
+    return OK;
+}
+
+int nvmlEventSetFree(Device **set) {
+    event_sets--;
+    free(set);
+    return OK;
+}
 
 int nvmlDeviceRegisterEvents(Device *device, unsigned long long types, Device **set) {
     *set = device;

@@ -134,6 +134,36 @@ def test_a_spike_of_20_ms_is_in_the_timeline_and_in_the_maximum(script: Script, 
     assert {used for _, used in thin} == {10 * GIB, 70 * GIB}
 
 
+def test_a_spike_is_in_the_maximum_though_the_memory_can_no_longer_be_read(script: Script, start: Start) -> None:
+    script.add("device 0", 80 * GIB).add("memory 0 0", 70 * GIB)
+    monitor = start()
+    monitor.wait(lambda metrics: metrics.get(("gpu_memory_used_bytes", "0")) == 70 * GIB)
+    script.add("fault 0", FOREVER, 0, "memory", NO_PERMISSION).save()
+    metrics = monitor.wait(lambda metrics: ("gpu_memory_used_bytes", "0") not in metrics)
+    assert metrics["gpu_memory_used_max_bytes", "0"] == 70 * GIB
+
+
+def test_bytes_of_nvlink_do_not_fall_when_a_link_fails(script: Script, start: Start) -> None:
+    script.add("device 0", 80 * GIB).add("value 0 links 3").add("value 0 nvlink-tx 5").add("value 0 nvlink-rx 7")
+    monitor = start()
+    sent = ("gpu_nvlink_bytes_total", "tx", "0")
+    monitor.wait(lambda metrics: metrics.get(sent) == 15 * 1024)
+    script.add("value 0 link-1-down 1").add("value 0 nvlink-tx 6").save()
+    monitor.wait(lambda metrics: metrics.get(sent) == (6 + 5 + 6) * 1024)
+
+
+def test_series_do_not_go_on_with_what_another_gpu_holds(script: Script, start: Start) -> None:
+    script.add("device 0", 80 * GIB).add("memory 0 0", 70 * GIB)
+    monitor = start()
+    monitor.wait(lambda metrics: metrics.get(("gpu_memory_used_bytes", "0")) == 70 * GIB)
+    script.add("value 0 uuid 7").add("fault", script.now(), script.now() + 1, "0 *", LOST).save()
+    deadline = time.monotonic() + 15
+    while "GPU 0 is another one than before" not in monitor.log:
+        assert time.monotonic() < deadline, monitor.log
+        time.sleep(0.1)
+    assert ("gpu_memory_used_bytes", "0") not in monitor.metrics()
+
+
 def test_processes_that_live_for_less_than_a_scan_are_attributed_and_the_parts_add_up(
     script: Script, start: Start
 ) -> None:
@@ -256,7 +286,8 @@ def test_lost_gpus_and_a_restarted_driver_are_absent_and_come_back(script: Scrip
         script.lines += faults
         script.save()
         metrics = monitor.wait(are(0), seconds=3)
-        assert not [name for name in metrics if name[0].startswith("gpu_memory")]
+        now = {name[0] for name in metrics if name[0].startswith(("gpu_memory", "gpu_process"))}
+        assert now == {"gpu_memory_used_max_bytes", "gpu_process_memory_max_bytes"}
         assert metrics["monitor_up", "host"] == 1
         assert all(metrics["monitor_nvml_errors_total", "memory", gpu] > 0 for gpu in ("0", "1", "2", "3"))
         assert monitor.health()["status"] == "ok"
