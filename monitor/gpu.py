@@ -104,7 +104,7 @@ class Gpu:
             return
         self.errors[name] += 1
         if error.value in LOST:
-            self.source.lost = True
+            self.source.lost, self.source.lost_ns = True, time.monotonic_ns()
             self._say("device", f"lost, NVML says: {error}; it is looked for every few seconds")
             self.detach()
         elif name not in device.failing:

@@ -148,18 +148,19 @@ class Schedule:
 class Source:
     """What /metrics tells about one thing that is sampled: its main schedule, and the slower ones beside it.
 
-    One that is known to be lost is down at once.
+    One that is known to be lost is down at once, and until it was read again; `lost_ns` is when that was last found.
     """
 
     name: str
     main: Schedule
     others: tuple[Schedule, ...] = ()
     lost: bool = False
+    lost_ns: int = 0
 
     def up(self, time_ns: int) -> bool:
         """Tell whether it was read well of late."""
         success_ns = self.main.success_ns
-        return not self.lost and success_ns is not None and time_ns - success_ns <= STALE_NS
+        return not self.lost and success_ns is not None and success_ns > max(self.lost_ns, time_ns - STALE_NS - 1)
 
     @property
     def cpu_seconds(self) -> float:
