@@ -180,17 +180,23 @@ def run(options: Options, rows: list[JSON]) -> None:
             servers.stop()
 
 
-def parse(arguments: Sequence[str]) -> Options:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(prog="benchmarks.kv_sampling", description=(__doc__ or "").partition("\n")[0])
-    add, known = partial(parser.add_argument, metavar="..."), (*RUNGS, "vllm")
+def add_load(add: Callable[..., object], servers: str) -> None:
+    """Add the options of servers under load, `servers` by default."""
+    known = (*RUNGS, "vllm")
     add("--model", default="random:tiny", help="as for the servers")
-    add("--servers", type=partial(serving.names, allowed=known), default="sequential,continuous,vllm", help=str(known))
+    add("--servers", type=partial(serving.names, allowed=known), default=servers, help=", ".join(known))
     add("--users", type=int, default=8, help="requests in flight")
     add("--rounds", type=int, default=2, help="how often A B B A")
     add("--cell-seconds", type=float, default=8, help="how long a cell is")
     add("--warmup-seconds", type=float, default=2, help="how much of its beginning does not count")
     add("--vllm-args", default="-- --enforce-eager", help="more arguments for servers.vllm")
+
+
+def parse(arguments: Sequence[str]) -> Options:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(prog="benchmarks.kv_sampling", description=(__doc__ or "").partition("\n")[0])
+    add = partial(parser.add_argument, metavar="...")
+    add_load(add, "sequential,continuous,vllm")
     add("--out", type=Path, help="file for the figures as JSON")
     return Options(**vars(parser.parse_args(arguments)))
 

@@ -199,16 +199,10 @@ def run(bench: Bench, found: JSON) -> None:
 def parse(arguments: Sequence[str]) -> tuple[Bench, Path | None]:
     """Read the command line."""
     parser = argparse.ArgumentParser(prog="benchmarks.monitor", description=(__doc__ or "").partition("\n")[0])
-    add, known = partial(parser.add_argument, metavar="..."), (*serving.RUNGS, "vllm")
+    add = partial(parser.add_argument, metavar="...")
     add("--hz", type=serving.numbers, default="10,100,1000", help="samples a second; servers run beside the last")
     add("--seconds", type=float, default=20, help="how long each monitor is measured")
-    add("--model", default="random:tiny", help="as for the servers")
-    add("--servers", type=partial(serving.names, allowed=known), default="sequential,vllm", help="'' for none")
-    add("--users", type=int, default=8, help="requests in flight")
-    add("--rounds", type=int, default=2, help="how often A B B A")
-    add("--cell-seconds", type=float, default=8, help="how long a cell is")
-    add("--warmup-seconds", type=float, default=2, help="how much of its beginning does not count")
-    add("--vllm-args", default="-- --enforce-eager", help="more arguments for servers.vllm")
+    kv_sampling.add_load(add, "sequential,vllm")
     add("--out", type=Path, help="file for the figures as JSON")
     given = vars(parser.parse_args(arguments))
     hz, seconds, out = given.pop("hz"), given.pop("seconds"), given.pop("out")

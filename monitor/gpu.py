@@ -88,10 +88,10 @@ class Gpu:
             return None
         if self.source.lost and self.device is device:
             self.source.lost = False
-            self._say("device", "back")
+            self.say("device", "back")
         if name in device.failing:
             device.failing.remove(name)
-            self._say(name, "answers again")
+            self.say(name, "answers again")
         return answer
 
     def _failed(self, name: str, device: Device, error: pynvml.NVMLError) -> None:
@@ -100,18 +100,19 @@ class Gpu:
             return
         if error.value in UNSUPPORTED:
             device.unsupported.add(name)
-            self._say(name, "not supported, its series stay absent")
+            self.say(name, "not supported, its series stay absent")
             return
         self.errors[name] += 1
         if error.value in LOST:
             self.source.lost, self.source.lost_ns = True, time.monotonic_ns()
-            self._say("device", f"lost, NVML says: {error}; it is looked for every few seconds")
+            self.say("device", f"lost, NVML says: {error}; it is looked for every few seconds")
             self.detach()
         elif name not in device.failing:
             device.failing.add(name)
-            self._say(name, f"fails, NVML says: {error}; its series are absent meanwhile")
+            self.say(name, f"fails, NVML says: {error}; its series are absent meanwhile")
 
-    def _say(self, name: str, text: str) -> None:
+    def say(self, name: str, text: str) -> None:
+        """Log what has changed about a call or the device, once and not for ever."""
         said = self._said.setdefault(name, [])
         if said[-1:] != [text] and len(said) < MAX_LINES:
             said.append(text)

@@ -72,11 +72,11 @@ class Gpus:
             if gpu:
                 if gpu.identity.uuid != device.uuid:
                     # Its series must not go on with what another device holds.
-                    log.warning("GPU %s is another one than before: start the monitor anew", device.gpu)
+                    gpu.say("device", "another one than before: start the monitor anew")
                 elif gpu.identity.tiers == device.tiers:
                     gpu.attach(device)
                 else:
-                    log.warning("GPU %s: MIG was switched on or off: start the monitor anew", device.gpu)
+                    gpu.say("device", "MIG was switched on or off: start the monitor anew")
                 continue
             # A new dict, because others may be going through the old one.
             gpu = Gpu(device, self._timeline, self._processes, self._rates)

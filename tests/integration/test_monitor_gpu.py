@@ -158,7 +158,7 @@ def test_series_do_not_go_on_with_what_another_gpu_holds(script: Script, start: 
     monitor.wait(lambda metrics: metrics.get(("gpu_memory_used_bytes", "0")) == 70 * GIB)
     script.add("value 0 uuid 7").add("fault", script.now(), script.now() + 1, "0 *", LOST).save()
     deadline = time.monotonic() + 15
-    while "GPU 0 is another one than before" not in monitor.log:
+    while "GPU 0: device: another one than before" not in monitor.log:
         assert time.monotonic() < deadline, monitor.log
         time.sleep(0.1)
     assert ("gpu_memory_used_bytes", "0") not in monitor.metrics()
