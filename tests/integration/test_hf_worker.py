@@ -79,7 +79,8 @@ async def test_requests_that_the_pipe_could_not_hold_for_a_busy_model_are_all_an
     model = of_the_model(server)
     model.suspend()
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
-        asked = [asyncio.create_task(post(session, server.url, prompt=[300] * 1500, max_tokens=1)) for _ in range(200)]
+        fields = {"prompt": [300] * 1500, "max_tokens": 1, "ignore_eos": True}
+        asked = [asyncio.create_task(post(session, server.url, **fields)) for _ in range(200)]
         async with asyncio.timeout(PATIENCE_SECONDS), session.get(server.url + "/health") as healthy:
             assert healthy.status == 200
         await asyncio.sleep(1)  # all are on their way
