@@ -12,9 +12,8 @@ from loadtest import workers
 from loadtest.live import page
 from loadtest.options import Options, add_arguments, check
 from loadtest.users import HF, VLLM, Table
+from loadtest.work.schedule import schedule
 from loadtest.work.workloads import WORKLOADS
-
-BAD_OPTIONS = 2
 
 
 @events.init_command_line_parser.add_listener
@@ -28,7 +27,7 @@ def _arguments(parser: Any) -> None:
 def _init(environment: Environment, **_: Any) -> None:
     try:
         options = check(vars(environment.parsed_options))
-        WORKLOADS[options.workload](options)
+        _check_files(options)
     except ValueError as error:
         _leave(str(error))
     _show_hosts(options)
@@ -44,9 +43,15 @@ def _show_hosts(options: Options) -> None:
     HF.host, VLLM.host = options.hf_url, options.vllm_url
 
 
+def _check_files(options: Options) -> None:
+    """Read what the run will read; raises ValueError."""
+    WORKLOADS[options.workload](options)
+    schedule(options)
+
+
 def _leave(message: str) -> NoReturn:
     print(f"loadtest: {message}", file=sys.stderr, flush=True)
-    sys.exit(BAD_OPTIONS)
+    sys.exit(workers.BAD_OPTIONS)
 
 
 def _check_form() -> flask.Response | None:
@@ -59,7 +64,7 @@ def _check_form() -> flask.Response | None:
         _show_hosts(options)
         if form.get("host", "") not in ("", options.hf_url, options.vllm_url):
             raise ValueError(f"host: {form['host']!r}: leave it empty; each user class has a server: hf_url, vllm_url")
-        WORKLOADS[options.workload](options)
+        _check_files(options)
         if options.records and Path(options.records).exists():
             raise ValueError(f"records: {options.records!r} exists; name a new file")
     except ValueError as error:

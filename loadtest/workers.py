@@ -24,7 +24,7 @@ from loadtest.users import TargetUser
 PART, RECORDS, DONE, FINISH, FINISHED = (
     f"headroom_{name}" for name in ("part", "records", "done", "finish", "finished")
 )
-RECORDS_LOST, WORKERS_LOST = 3, 4
+BAD_OPTIONS, RECORDS_LOST, WORKERS_LOST = 2, 3, 4
 FINISH_SECONDS = 10.0
 WATCH_SECONDS = 0.5
 
@@ -38,7 +38,7 @@ class Sender:
     def start(self, part: Part) -> None:
         """Begin to send; raises ValueError for options that do not work here."""
         options = _options(self._environment)
-        TargetUser.current = Run(options, part, lambda batch: self._tell(RECORDS, batch), self._end, self._watcher)
+        TargetUser.current = Run(options, part, lambda batch: self._tell(RECORDS, batch), self.end, self._watcher)
 
     def finish(self) -> None:
         """End what is under way, and pass on the last records and this process's own figures."""
@@ -46,7 +46,8 @@ class Sender:
         if run:
             self._tell(FINISHED, run.close())
 
-    def _end(self, failure: Exception | None) -> None:
+    def end(self, failure: Exception | None) -> None:
+        """Tell that this process's part is done, or why it cannot go on."""
         kept = "its records cannot be kept: " if isinstance(failure, OSError) else ""
         self._tell(DONE, f"{kept}{failure}" if failure else None)
 
@@ -130,12 +131,20 @@ class Coordinator:
             gevent.sleep(0.02)
         self._close()
 
-    def fail(self, error: object) -> None:
+    def fail(self, error: object, code: int = RECORDS_LOST) -> None:
         """End the run because it cannot go on."""
         self._failed = True
         print(f"loadtest: the run ends: {error}", file=sys.stderr, flush=True)
-        self._environment.process_exit_code = RECORDS_LOST
+        self._environment.process_exit_code = code
         self.end()
+
+    def refuse(self, error: OSError | ValueError) -> None:
+        """End a run that did not begin."""
+        self.forget()
+        if isinstance(error, OSError):
+            self.fail(f"its records cannot be kept: {error}")
+        else:
+            self.fail(error, BAD_OPTIONS)
 
     def end(self) -> None:
         """Stop the test; without a web UI the program ends too."""
@@ -240,7 +249,10 @@ def _start_worker(worker: Sender, orders: list[dict[str, Any]]) -> None:
         order = orders.pop()
         orders.clear()
         shares = {target: Share(**share) for target, share in order["shares"].items()}
-        worker.start(Part(**order | {"shares": shares}))
+        try:
+            worker.start(Part(**order | {"shares": shares}))
+        except ValueError as error:
+            worker.end(error)
 
 
 def _start_here(environment: Environment, coordinator: Coordinator, local: Sender) -> None:
@@ -248,8 +260,7 @@ def _start_here(environment: Environment, coordinator: Coordinator, local: Sende
         targets = _targets(environment)
         local.start(coordinator.start(_options(environment), targets, {"local": set(targets)})["local"])
     except (OSError, ValueError) as error:
-        coordinator.forget()
-        coordinator.fail(f"its records cannot be kept: {error}" if isinstance(error, OSError) else error)
+        coordinator.refuse(error)
 
 
 def _share_out(environment: Environment, master: MasterRunner, coordinator: Coordinator) -> None:
@@ -257,8 +268,7 @@ def _share_out(environment: Environment, master: MasterRunner, coordinator: Coor
         options, targets = _options(environment), _targets(environment)
         parts = coordinator.start(options, targets, _senders(environment, master, options, targets))
     except (OSError, ValueError) as error:
-        coordinator.forget()
-        coordinator.fail(f"its records cannot be kept: {error}" if isinstance(error, OSError) else error)
+        coordinator.refuse(error)
         return
     for node, part in parts.items():
         master.send_message(PART, asdict(part), node)

@@ -17,7 +17,7 @@ from gevent import monkey
 from loadtest.client.http import Answer, TruncatedError
 from loadtest.client.receiver import Clock, Receiver, Stream
 from loadtest.client.sse import read_pieces
-from loadtest.client.tls import Tls, send
+from loadtest.client.tls import CHUNK_BYTES, Tls, send
 from loadtest.records import ErrorKind
 
 CONNECT_SECONDS = 10.0
@@ -144,7 +144,7 @@ class Connection:
         self._receiver.receive(stream)
 
     def _connected(self) -> gevent.socket.socket:
-        if self._socket and _hung_up(self._socket):
+        if self._socket and _hung_up(self._socket, self._tls):
             self.close()
         if not self._socket:
             self._socket = _connect(_addresses(self._host, self._port))
@@ -191,10 +191,12 @@ def _connect(addresses: list[tuple[Any, ...]]) -> gevent.socket.socket:
     raise failure
 
 
-def _hung_up(sock: gevent.socket.socket) -> bool:
-    """Whether an idle connection was closed by the server; nothing else makes it readable."""
+def _hung_up(sock: gevent.socket.socket, tls: Tls | None) -> bool:
+    """Whether an idle connection was closed by the server; all that TLS may send on one is tickets for later ones."""
     try:
-        sock.recv(1)
+        while data := sock.recv(CHUNK_BYTES):
+            if not tls or tls.decrypt(data):
+                return True
     except BlockingIOError:
         return False
     except OSError:

@@ -1,5 +1,6 @@
 """Prometheus metrics, named like vLLM's where the meaning is the same."""
 
+import asyncio
 from collections.abc import Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
@@ -15,6 +16,8 @@ BUCKETS = (
     *(1.0, 1.6, 2.5, 4.0, 6.3, 10.0, 16.0, 25.0, 40.0, 63.0, 100.0),
 )
 
+# Less than the 10 s after which Prometheus gives up; more than the step in which a large prompt is read.
+ANSWER_SECONDS = 5
 
 #: How a request can end. `rejected`: with a 4xx; `unavailable`: not taken, since the server ends or has failed; `oom`:
 #: the memory did not suffice; `cancelled`: the client went away.
@@ -57,14 +60,19 @@ class StateCollector(Collector):
     def __init__(self, engine: Engine, bytes_per_token: int):
         self._engine = engine
         self._bytes_per_token = bytes_per_token
-        self._state = State()
+        self._state: State | None = State()
 
     async def read(self) -> None:
-        """Read the state once, so that all gauges of a scrape are of one moment."""
-        self._state = await self._engine.state()
+        """Read the state once, so that all gauges of a scrape are of one moment; absent while the engine hangs."""
+        try:
+            self._state = await asyncio.wait_for(self._engine.state(), ANSWER_SECONDS)
+        except TimeoutError:
+            self._state = None
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
         """Called by the registry."""
+        if not self._state:
+            return
         state, held = self._state, self._state.held
         yield self._gauge("num_requests_running", "Requests being generated", state.running)
         yield self._gauge("num_requests_waiting", "Requests that wait for their turn", state.waiting)

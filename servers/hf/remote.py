@@ -35,7 +35,7 @@ class RemoteEngine(Engine):
         self._jobs: dict[int, Job] = {}
         self._numbers = itertools.count()
         self._commands: SimpleQueue[bytes] = SimpleQueue()
-        self._asked: list[asyncio.Future[State]] = []
+        self._asked: asyncio.Future[State] | None = None
         self._error: Exception | None = None
         self._gone = False
 
@@ -80,10 +80,11 @@ class RemoteEngine(Engine):
         """What is held now; nothing, once the process has ended."""
         if self._gone:
             return State()
-        asked: asyncio.Future[State] = asyncio.get_running_loop().create_future()
-        self._asked.append(asked)
-        self._send("state")
-        return await asked
+        if not self._asked:
+            self._asked = asyncio.get_running_loop().create_future()
+            self._send("state")
+        # Shared, and not cancelled with one who asks: a process that hangs is asked once, however often it is scraped.
+        return await asyncio.shield(self._asked)
 
     def submit(self, job: Job) -> None:
         """Queue a job; raises EngineDeadError, and other errors are what the job ends with."""
@@ -121,7 +122,7 @@ class RemoteEngine(Engine):
             self._lost()
             return
         if isinstance(message, State):
-            _answer(self._asked.pop(0), message)
+            self._answer(message)
             return
         for number, started, output in message:
             if isinstance(output, EngineDeadError):
@@ -142,9 +143,7 @@ class RemoteEngine(Engine):
             job.put(self._error or (EngineFailedError if job.started else EngineDeadError)(ended))
         self._error = self._error or EngineDeadError(ended)
         self._jobs.clear()
-        for asked in self._asked:
-            _answer(asked, State())
-        self._asked.clear()
+        self._answer(State())
 
     async def _ending(self) -> str:
         """Wait for the process to end, for a while; says how it did."""
@@ -154,7 +153,7 @@ class RemoteEngine(Engine):
         code = self._process.exitcode or 0
         return f"was killed by signal {-code}" if code < 0 else f"ended with status {code}"
 
-
-def _answer(asked: asyncio.Future[State], state: State) -> None:
-    if not asked.done():  # it is when its client has gone
-        asked.set_result(state)
+    def _answer(self, state: State) -> None:
+        if self._asked:
+            self._asked.set_result(state)
+        self._asked = None

@@ -5,6 +5,7 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import psutil
@@ -56,15 +57,19 @@ async def rest_of_lines(stream: aiohttp.ClientResponse) -> list[str]:
 
 
 async def test_a_model_that_hangs_holds_nothing_else_up_and_its_end_is_noticed(server: HfServer) -> None:
-    """More is asked for than the pipe between the processes holds, and a scrape is given up."""
+    """More is asked for than the pipe between the processes holds; a scrape tells what the other process knows."""
     server.wait_until_ready()
     model = of_the_model(server)
     model.suspend()
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
         asked = [asyncio.create_task(post(session, server.url, prompt=[300] * 1500)) for _ in range(200)]
         with pytest.raises(TimeoutError):
-            async with asyncio.timeout(2):
+            async with asyncio.timeout(1):
                 await session.get(server.url + "/metrics")
+        async with asyncio.timeout(PATIENCE_SECONDS), session.get(server.url + "/metrics") as scrape:
+            found = await scrape.text()
+        assert "hf:request_total" in found
+        assert "hf:num_requests_running" not in found
         async with asyncio.timeout(PATIENCE_SECONDS), session.get(server.url + "/health") as healthy:
             assert healthy.status == 200
         model.kill()
@@ -79,7 +84,7 @@ async def test_requests_that_the_pipe_could_not_hold_for_a_busy_model_are_all_an
     model = of_the_model(server)
     model.suspend()
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
-        fields = {"prompt": [300] * 1500, "max_tokens": 1, "ignore_eos": True}
+        fields: dict[str, Any] = {"prompt": [300] * 1500, "max_tokens": 1, "ignore_eos": True}
         asked = [asyncio.create_task(post(session, server.url, **fields)) for _ in range(200)]
         async with asyncio.timeout(PATIENCE_SECONDS), session.get(server.url + "/health") as healthy:
             assert healthy.status == 200
@@ -87,7 +92,8 @@ async def test_requests_that_the_pipe_could_not_hold_for_a_busy_model_are_all_an
         model.resume()
         async with asyncio.timeout(60):
             assert [response.status for response in await asyncio.gather(*asked)] == [200] * 200
-    assert server.metrics()["hf:request_total length"] == 200
+    after = server.metrics()
+    assert (after["hf:request_total length"], after["hf:num_requests_running"]) == (200, 0)
 
 
 async def test_a_killed_server_leaves_no_model_behind(server: HfServer) -> None:

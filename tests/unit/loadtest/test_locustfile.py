@@ -160,6 +160,7 @@ def programs(tmp_path_factory: pytest.TempPathFactory, url: str, web_port: int) 
         started.start("web", f"--hf-url http://127.0.0.1:{free_port()} --web-port {web_port}")
         started.start("bad option", f"{run} --input-mean 0")
         started.start("too long", f"{run} --input-mean 5000 --run-time 1s")
+        started.start("bad trace", f"{run} --arrival trace --trace ../missing.csv")
         started.start("existing", f"{run} --records ../taken.jsonl")
         started.start("whole", f"{run} --users 2 --spawn-rate 9 --warmup 2 --requests 5")
         started.start("stalled", f"{run} --hf-url {url}/stalled --users 2 --spawn-rate 9")
@@ -181,6 +182,15 @@ def test_lengths_that_do_not_fit_end_it_with_2_and_one_line_before_anything_is_s
     assert len(lines) == 1
     assert "5000" in lines[0]
     assert "max_context" in lines[0]
+
+
+def test_a_trace_that_cannot_be_read_ends_it_with_2_and_one_line_before_there_are_records(programs: Programs) -> None:
+    code, lines, errors = programs.ended("bad trace")
+    assert "Traceback" not in errors
+    assert code == 2
+    assert len(lines) == 1
+    assert "missing.csv" in lines[0]
+    assert not list((programs.folder / "bad trace").iterdir())
 
 
 def test_an_existing_file_of_records_ends_it_with_3_and_is_left_as_it_was(programs: Programs) -> None:

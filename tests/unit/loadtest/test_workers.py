@@ -220,9 +220,11 @@ def test_a_worker_without_a_user_leaves_all_to_the_others(deploy: Deploy) -> Non
 
 
 def test_a_closed_loop_in_which_a_server_would_have_no_user_is_refused(deploy: Deploy) -> None:
-    code, output = deploy(2, "--users 1 --requests 5 HF VLLM").ended()
-    assert code == 3
+    fleet = deploy(2, "--users 1 --requests 5 HF VLLM")
+    code, output = fleet.ended()
+    assert code == 2
     assert "users: 1: in a closed loop expected at least one for each server, not none for vllm" in output
+    assert not list(fleet.folder.iterdir())
 
 
 def test_records_that_cannot_be_kept_end_the_run_on_all_workers(deploy: Deploy, tmp_path: Path) -> None:

@@ -5,180 +5,38 @@ import gzip
 import itertools
 import json
 import socket
-import ssl
-import struct
-import subprocess
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable
 
 import gevent
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loadtest.client import connection
 from loadtest.client.connection import Connection, Exchange
 from loadtest.client.http import Answer as Read
 from loadtest.client.receiver import Receiver, Stamps
-from loadtest.records import ErrorKind, Record
-from loadtest.run import make_record
-from loadtest.work.workloads import Request
-
-REQUEST = Request(index=4, prompt="x", max_tokens=2, temperature=0.0, seed=0)
-FIRST = b'data: {"choices":[{"text":"a","finish_reason":null}],"usage":{"prompt_tokens":1,"completion_tokens":1}}\n\n'
-LAST = (
-    b'data: {"choices":[{"text":"b","finish_reason":"length"}],"usage":{"prompt_tokens":1,"completion_tokens":2}}\n\n'
+from loadtest.records import ErrorKind
+from tests.unit.loadtest.client.scripted import (
+    FIRST,
+    LAST,
+    REQUEST,
+    STREAM,
+    Answer,
+    Connect,
+    Serve,
+    Step,
+    answer,
+    chunked,
+    hang_up,
+    head,
+    pause,
+    post,
+    record_of,
+    reset,
 )
-STREAM = FIRST + LAST + b"data: [DONE]\n\n"
-
-# What the server does once it has read a request: send bytes, or do something with the connection.
-Step = bytes | Callable[[socket.socket], object]
-Answer = list[Step]
-
-
-def head(length: int | None = None, status: str = "200 OK", kind: str = "text/event-stream", more: str = "") -> bytes:
-    framing = "Transfer-Encoding: chunked" if length is None else f"Content-Length: {length}"
-    return f"HTTP/1.1 {status}\r\nContent-Type: {kind}\r\n{framing}\r\n{more}\r\n".encode()
-
-
-def chunked(*pieces: bytes) -> bytes:
-    return b"".join(b"%x\r\n%s\r\n" % (len(piece), piece) for piece in (*pieces, b""))
-
-
-def answer(body: bytes, status: str = "200 OK", kind: str = "text/event-stream", more: str = "") -> bytes:
-    return head(len(body), status, kind, more) + body
-
-
-def hang_up(connection: socket.socket) -> None:
-    connection.shutdown(socket.SHUT_RDWR)
-
-
-def pause(_: socket.socket) -> None:
-    """Let the client read what was sent before more comes."""
-    time.sleep(0.05)
-
-
-def reset(connection: socket.socket) -> None:
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    connection.close()
-
-
-@dataclass
-class Server:
-    """Accepts one connection for each script, answers one request with each answer of it, then hangs up."""
-
-    scripts: list[list[Answer]]
-    requests: list[tuple[int, bytes]] = field(default_factory=list)
-    closed: list[threading.Event] = field(default_factory=list)
-    stop: threading.Event = field(default_factory=threading.Event)
-    tls: ssl.SSLContext | None = None
-
-    def __enter__(self) -> "Server":
-        self.closed = [threading.Event() for _ in self.scripts]
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.port = self._listener.getsockname()[1]
-        self.url = f"http://127.0.0.1:{self.port}"
-        self._thread = threading.Thread(target=self._serve, daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stop.set()
-        self._listener.shutdown(socket.SHUT_RDWR)
-        self._thread.join(5)
-        self._listener.close()
-        assert not self._thread.is_alive()
-
-    def wait(self, _: socket.socket) -> None:
-        """A step that does nothing until the test is over."""
-        assert self.stop.wait(10)
-
-    def _serve(self) -> None:
-        for number, answers in enumerate(self.scripts):
-            try:
-                connection, _ = self._listener.accept()
-            except OSError:  # the test is over
-                return
-            with suppress(ssl.SSLError), self._encrypted(connection) as connection:
-                self._answer(number, connection, answers)
-            self.closed[number].set()
-
-    def _encrypted(self, connection: socket.socket) -> socket.socket:
-        return self.tls.wrap_socket(connection, server_side=True) if self.tls else connection
-
-    def _answer(self, number: int, connection: socket.socket, answers: list[Answer]) -> None:
-        for steps in answers:
-            request = read_request(connection)
-            if not request:
-                return
-            self.requests.append((number, request))
-            for step in steps:
-                if isinstance(step, bytes):
-                    connection.sendall(step)
-                else:
-                    step(connection)
-
-
-def read_request(connection: socket.socket) -> bytes:
-    """Read one request; returns nothing when the connection has ended."""
-    data = b""
-    while b"\r\n\r\n" not in data:
-        if connection.fileno() < 0 or not (piece := connection.recv(65536)):
-            return b""
-        data += piece
-    length = int(data.lower().split(b"content-length: ")[1].split(b"\r\n")[0])
-    while len(data.split(b"\r\n\r\n", 1)[1]) < length:
-        data += connection.recv(65536)
-    return data
-
-
-Serve = Callable[..., Server]
-Connect = Callable[..., Connection]
-
-
-@pytest.fixture
-def serve() -> Iterator[Serve]:
-    """Starts a server; each argument is a connection's list of answers."""
-    with ExitStack() as stack:
-        yield lambda *scripts: stack.enter_context(Server(list(scripts)))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def stamping() -> Iterator[None]:
-    """Linux begins to stamp a moment after it was first asked to, and goes on while a socket asks for it."""
-    receiver = Receiver("kernel")
-    time.sleep(0.1)
-    yield
-    receiver.close()
-
-
-@pytest.fixture
-def connect() -> Iterator[Connect]:
-    with ExitStack() as stack:
-
-        def connect(
-            url: str, timeout: float = 5, receiver: Receiver | None = None, token_timeout: float = 0
-        ) -> Connection:
-            receiver = receiver or Receiver()
-            stack.callback(receiver.close)
-            connection = Connection(url, receiver, timeout, token_timeout)
-            stack.callback(connection.close)
-            return connection
-
-        yield connect
-
-
-def post(connection: Connection) -> Exchange:
-    return connection.post("/v1/completions", REQUEST.body("m"))
-
-
-def record_of(exchange: Exchange) -> Record:
-    return make_record(REQUEST, exchange, target="hf", phase="measured")
 
 
 @pytest.mark.parametrize(
@@ -548,67 +406,6 @@ def test_a_greenlet_that_is_killed_while_it_waits_leaves_what_had_come(serve: Se
     assert (record.error, record.chunk_tokens) == ("cancelled", [1])
     server.stop.set()
     assert record_of(post(connection)).error is None
-
-
-@pytest.fixture(scope="module")
-def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A file with the key and the certificate of 127.0.0.1, signed by itself."""
-    path = tmp_path_factory.mktemp("tls") / "both.pem"
-    command = (
-        "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=127.0.0.1 -addext subjectAltName=IP:127.0.0.1"
-    )
-    subprocess.run([*command.split(), "-keyout", path, "-out", path.with_name("crt")], check=True, capture_output=True)
-    path.write_bytes(path.read_bytes() + path.with_name("crt").read_bytes())
-    return path
-
-
-@pytest.fixture
-def encrypt(certificate: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Server], Server]:
-    """Makes a server speak TLS with a certificate that clients trust."""
-    monkeypatch.setenv("SSL_CERT_FILE", str(certificate.with_name("crt")))
-    connection._context.cache_clear()
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(certificate)
-
-    def encrypt(server: Server) -> Server:
-        server.tls, server.url = context, server.url.replace("http:", "https:")
-        return server
-
-    return encrypt
-
-
-def test_tls_gives_the_same_answers_with_the_kernels_stamps(
-    serve: Serve, connect: Connect, encrypt: Callable[[Server], Server]
-) -> None:
-    byte_by_byte = [bytes([byte]) for byte in answer(STREAM)]
-    server = encrypt(serve([[answer(STREAM)], byte_by_byte, [answer(b"x" * 200_000)]]))
-    connection = connect(server.url)
-    first, second, long = (post(connection) for _ in range(3))
-    assert [one.answer.body for one in (first, second, long)] == [STREAM, STREAM, b"x" * 200_000]
-    assert {number for number, _ in server.requests} == {0}  # one connection
-    assert first.clock == "kernel"
-    assert first.sent_ns <= next(first.events())[0] <= first.end_ns
-
-
-@pytest.mark.parametrize(
-    ("steps", "kind"), [([hang_up], "reset"), ([head() + chunked(FIRST)[:-5], hang_up], "truncated")]
-)
-def test_tls_connections_break_as_others_do(
-    serve: Serve, connect: Connect, encrypt: Callable[[Server], Server], steps: Answer, kind: ErrorKind
-) -> None:
-    server = encrypt(serve([steps]))
-    assert record_of(post(connect(server.url))).error == kind
-
-
-def test_a_certificate_that_nobody_signed_is_a_connect_error(
-    serve: Serve, connect: Connect, encrypt: Callable[[Server], Server], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    server = encrypt(serve([[answer(STREAM)]]))
-    monkeypatch.delenv("SSL_CERT_FILE")
-    connection._context.cache_clear()
-    exchange = post(connect(server.url))
-    assert exchange.error == "connect"
-    assert "certificate" in str(exchange.error_detail).lower()
 
 
 def test_the_key_of_a_server_is_sent_as_a_header(serve: Serve) -> None:
