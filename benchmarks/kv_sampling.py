@@ -1,6 +1,7 @@
 """`python -m benchmarks.kv_sampling`: what it costs a server that its KV cache is sampled ten times a second.
 
-Each server is loaded in cells of equal length, without and with sampling in A B B A order. The sampler is that of
+Each server is loaded in cells of equal length, without and with sampling in A B B A order. The ratio is that of
+neighbours, with a 95 % interval over the pairs; it is within noise when the interval holds 1. The sampler is that of
 `headroom compare`, in a process of its own. The time and the CPU of one scrape are measured on the idle server.
 """
 
@@ -14,11 +15,11 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from multiprocessing.synchronize import Event
 from pathlib import Path
-from statistics import fmean, geometric_mean
+from statistics import fmean
 
 import psutil
 
@@ -28,6 +29,7 @@ from benchmarks.serving import JSON, RUNGS, Servers, closed_loop, read
 from experiment import kv
 from experiment.environment import describe
 from experiment.stack import Program, RunError
+from experiment.stats import ratio_of_pairs
 from loadtest.options import Options as Load
 from loadtest.work.workloads import paper
 
@@ -136,7 +138,14 @@ def paired(options: Options, program: Program, watched: Callable[[int], Abstract
         program.check()
     ratios = [b / a for a, b in zip(speeds[False], speeds[True], strict=True)]
     known = {"without": speeds[False], "with": speeds[True]}
-    return {"tokens_per_second": known, "ratios": ratios, "ratio": geometric_mean(ratios)}
+    return {"tokens_per_second": known, "ratios": ratios, **asdict(ratio_of_pairs(ratios))}
+
+
+def ratio(found: JSON) -> str:
+    """A ratio with its interval, what it says, and the pairs that it is of."""
+    said = "within noise" if found["verdict"] == "no detectable difference" else found["verdict"]
+    pairs = ", ".join(f"{one:.3f}" for one in found["ratios"])
+    return f"{found['value']:.3f} ({found['low']:.3f} to {found['high']:.3f}), {said}; pairs {pairs}"
 
 
 def measure(options: Options, server: str, program: Program, folder: Path) -> JSON:
@@ -157,13 +166,18 @@ def rate(path: Path) -> float:
 def line(found: JSON) -> str:
     """One row of the table that is printed."""
     means = [fmean(found["tokens_per_second"][name]) for name in ("without", "with")]
-    spread = f"{found['ratio']:.3f} ({', '.join(f'{ratio:.3f}' for ratio in found['ratios'])})"
     costs = [f"{seconds * 1e3:.2f} ms" for seconds in found["scrape"].values()]
-    row = [found["server"], *(f"{mean:,.0f}" for mean in means), spread, f"{found['samples_per_second']:.1f}", *costs]
+    row = [
+        found["server"],
+        *(f"{mean:,.0f}" for mean in means),
+        ratio(found),
+        f"{found['samples_per_second']:.1f}",
+        *costs,
+    ]
     return f"| {' | '.join(row)} |"
 
 
-HEAD = """| server | tokens/s without | with | ratio (pairs) | samples/s | a scrape | its CPU here | in the server |
+HEAD = """| server | tokens/s without | with | ratio (95 % interval) | samples/s | a scrape | CPU here | at server |
 |---|---|---|---|---|---|---|---|"""
 
 
@@ -185,8 +199,8 @@ def add_load(add: Callable[..., object], servers: str) -> None:
     known = (*RUNGS, "vllm")
     add("--model", default="random:tiny", help="as for the servers")
     add("--servers", type=partial(serving.names, allowed=known), default=servers, help=", ".join(known))
-    add("--users", type=int, default=8, help="requests in flight")
-    add("--rounds", type=int, default=2, help="how often A B B A")
+    add("--users", type=serving.number, default=8, help="requests in flight")
+    add("--rounds", type=serving.number, default=2, help="how often A B B A; each has two pairs")
     add("--cell-seconds", type=float, default=8, help="how long a cell is")
     add("--warmup-seconds", type=float, default=2, help="how much of its beginning does not count")
     add("--vllm-args", default="-- --enforce-eager", help="more arguments for servers.vllm")

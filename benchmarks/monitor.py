@@ -2,13 +2,13 @@
 
 Each rate has a monitor of its own. Its CPU is that of the whole process, HTTP server and host included, and beside it
 that of the threads which sample the GPUs; without a GPU only the host is sampled. `nvidia-smi --loop-ms`, where there
-is one, asks for the same memory as often as it can at that rate.
+is one, asks for the same memory as often as it can at that rate. An exporter that the user has installed is scraped
+as the monitor is. The CPU of a scrape is what scrapes cost beyond the share that goes on without them.
 """
 
 import argparse
 import json
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -18,20 +18,18 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-import psutil
 import pyarrow as pa
 import pyarrow.compute as pc
 from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks import kv_sampling, serving
+from benchmarks.peers.watchers import EXPORTER, HOW, cpu_seconds, exporter_cost, nvidia_smi, quantiles, scrape_cost
 from benchmarks.serving import JSON, Servers
 from experiment.environment import describe
 from experiment.stack import Program, RunError, end, get
 
-SCRAPES, SCRAPE_SECONDS = 100, 0.05
 SETTLE_SECONDS, START_SECONDS = 3.0, 900.0
-LATENESS = "monitor_sample_lateness_seconds"
+LATENESS, MISSED = "monitor_sample_lateness_seconds", "monitor_samples_missed"
 
 
 @dataclass(frozen=True)
@@ -40,6 +38,7 @@ class Bench:
 
     hz: tuple[int, ...]
     seconds: float
+    exporter: str
     load: kv_sampling.Options
 
 
@@ -51,6 +50,7 @@ def monitor(hz: int, servers: Servers) -> Iterator[Program]:
         servers.wait()
         yield program
     finally:
+        program.process.terminate()
         end(program.process, serving.STOP_SECONDS)
         del servers.programs[program.name]
 
@@ -63,31 +63,28 @@ def options(hz: int) -> list[str]:
 def cost(hz: int, seconds: float, program: Program) -> JSON:
     """CPU share and lateness of a monitor that is left alone, then how long it takes to answer scrapes."""
     time.sleep(SETTLE_SECONDS)
-    process, begun = psutil.Process(program.process.pid), time.monotonic_ns()
-    before, sources = cpu_seconds(process), scrape(program)
+    pid, begun = program.process.pid, time.monotonic_ns()
+    sources, before = scrape(program), cpu_seconds(pid)
     time.sleep(seconds)
     wall = (time.monotonic_ns() - begun) / 1e9
-    cpu, sampling = cpu_seconds(process) - before, scrape(program)
-    name = ("headroom_monitor_source_cpu_seconds_total",)
-    gpus = [key for key in sampling if key[:1] == name and key[1] != "host"]
-    late, ticks = lateness(program, begun, "gpu" if gpus else "host")
-    share = sum(sampling[key] - sources.get(key, 0.0) for key in gpus) / wall
+    cpu, sampling = cpu_seconds(pid) - before, scrape(program)
+    name = "headroom_monitor_source_cpu_seconds_total"
+    used = {key[1]: value - sources.get(key, 0.0) for key, value in sampling.items() if key[0] == name}
+    gpus = [source for source in used if source.startswith("gpu")]
+    late, ticks = lateness(program, begun, "gpu" if gpus else "host", hz)
+    # What looks for GPUs ("nvml") is a part of what it takes to sample them.
+    share = sum(seconds for source, seconds in used.items() if source != "host") / wall
     return {
         "hz": hz,
         "gpus": len(gpus),
         "samples_per_second": ticks / wall,
+        "samples_missed": len(late) - ticks,
         "cpu_share": cpu / wall,
         "gpu_sampling_cpu_share": share if gpus else None,
         "cpu_seconds_per_sample": share * wall / ticks if gpus and ticks else None,
-        "lateness_seconds": dict(zip(("p50", "p99", "max"), late, strict=True)),
-        "scrape_seconds": scrape_times(program),
+        "lateness_seconds": quantiles(late),
+        **scrape_cost(program, cpu / wall),
     }
-
-
-def cpu_seconds(process: psutil.Process) -> float:
-    """CPU seconds of a process so far."""
-    times = process.cpu_times()
-    return float(times.user + times.system)
 
 
 def scrape(program: Program) -> dict[tuple[str, ...], float]:
@@ -97,41 +94,25 @@ def scrape(program: Program) -> dict[tuple[str, ...], float]:
     return {(sample.name, *sample.labels.values()): sample.value for sample in samples}
 
 
-def lateness(program: Program, since_ns: int, source: str) -> tuple[list[float], int]:
-    """Quantiles of how late samples began, and how many there are, of sources whose name begins so."""
+def lateness(program: Program, since_ns: int, source: str, hz: int) -> tuple[list[float], int]:
+    """How late samples began in seconds, and how many were taken, of sources whose name begins so.
+
+    A sample stands for those that were missed by the time it was taken: it was late for each of them.
+    """
     body = get(f"{program.url}/timeline?since_ns={since_ns}") or b""
     table = pa.ipc.open_stream(body).read_all()
-    table = table.filter(pc.equal(table["metric"].cast(pa.string()), LATENESS))
+    table = table.filter(pc.is_in(table["metric"].cast(pa.string()), pa.array([LATENESS, MISSED])))
     table = table.filter(pc.starts_with(table["detail"].cast(pa.string()), source))
-    if not table.num_rows:
+    columns = (table[name].to_pylist() for name in ("metric", "detail", "time_ns", "value"))
+    rows = {(metric, detail, time_ns): value for metric, detail, time_ns, value in zip(*columns, strict=True)}
+    taken = {key: value for key, value in rows.items() if key[0] == LATENESS}
+    if not taken:
         raise RunError(f"{program.name} took no sample of {source}")
-    return np.quantile(table["value"].to_numpy(), (0.5, 0.99, 1)).tolist(), table.num_rows
-
-
-def scrape_times(program: Program) -> JSON:
-    """Quantiles of the seconds that a scrape takes, connection included."""
-    times = []
-    for _ in range(SCRAPES):
-        begun = time.perf_counter()
-        get(program.url + "/metrics")
-        times.append(time.perf_counter() - begun)
-        time.sleep(SCRAPE_SECONDS)
-    return dict(zip(("p50", "p99", "max"), np.quantile(times, (0.5, 0.99, 1)).tolist(), strict=True))
-
-
-def nvidia_smi(program: str, hz: int, seconds: float) -> JSON:
-    """What NVIDIA's own program takes to print the memory in use as often."""
-    query = ["--query-gpu=memory.used", "--format=csv,noheader", f"--loop-ms={max(1, 1000 // hz)}"]
-    with tempfile.TemporaryFile() as lines:
-        begun = time.monotonic()
-        with subprocess.Popen([program, *query], stdout=lines) as process:
-            time.sleep(seconds)
-            cpu = cpu_seconds(psutil.Process(process.pid))
-            wall = time.monotonic() - begun
-            process.kill()
-        lines.seek(0)
-        printed = sum(1 for _ in lines)
-    return {"hz": hz, "samples_per_second": printed / wall, "cpu_share": cpu / wall}
+    late = []
+    for (_, detail, time_ns), seconds in taken.items():
+        missed = int(rows.get((MISSED, detail, time_ns), 0))
+        late += [seconds - number / hz for number in range(missed + 1)]
+    return late, len(taken)
 
 
 def slowdown(bench: Bench, servers: Servers) -> list[JSON]:
@@ -163,18 +144,42 @@ def line(found: JSON) -> str:
     """One rate of the monitor."""
     gpu = "-" if found["gpu_sampling_cpu_share"] is None else f"{found['gpu_sampling_cpu_share']:.2%}"
     each = "-" if found["cpu_seconds_per_sample"] is None else f"{found['cpu_seconds_per_sample'] * 1e6:.1f} us"
-    row = [f"{found['hz']} Hz", f"{found['samples_per_second']:.1f}", f"{found['cpu_share']:.2%}", gpu, each]
-    return f"| {' | '.join([*row, ms(found['lateness_seconds']), ms(found['scrape_seconds'])])} |"
+    taken = f"{found['samples_per_second']:.1f} ({found['samples_missed']})"
+    row = [f"{found['hz']} Hz", taken, f"{found['cpu_share']:.2%}", gpu, each]
+    row += [ms(found["lateness_seconds"]), ms(found["scrape_seconds"]), scraped(found)]
+    return f"| {' | '.join(row)} |"
+
+
+def scraped(found: JSON) -> str:
+    """CPU time of one scrape."""
+    return f"{found['cpu_seconds_per_scrape'] * 1e3:.2f} ms"
 
 
 def slowed(found: JSON) -> str:
     """One server with and without the monitor."""
-    pairs = ", ".join(f"{ratio:.3f}" for ratio in found["ratios"])
-    return f"{found['server']}: {found['ratio']:.3f} of its throughput with the monitor at {found['hz']} Hz ({pairs})"
+    said = kv_sampling.ratio(found)
+    return f"{found['server']}: throughput with the monitor at {found['hz']} Hz over that without: {said}"
 
 
-HEAD = """| asked | samples/s | CPU of a core | of it GPUs | a sample | late ms p50, p99, max | scrape ms |
-|---|---|---|---|---|---|---|"""
+HEAD = """| asked | samples/s (missed) | CPU | for GPUs | a sample | late ms p50, p99, max | scrape ms | its CPU |
+|---|---|---|---|---|---|---|---|"""
+
+
+def beside(bench: Bench, logs: Path, found: JSON) -> None:
+    """Measure the others that watch a GPU, print what they cost, or why they are not here; raises RunError."""
+    theirs = shutil.which("nvidia-smi")
+    if theirs is None:
+        print("nvidia-smi: not found, so it is not beside the monitor")
+    for hz in bench.hz if theirs else ():
+        found["nvidia_smi"].append(one := nvidia_smi(str(theirs), hz, bench.seconds))
+        print(f"nvidia-smi at {hz} Hz: {one['samples_per_second']:.1f} samples/s, {one['cpu_share']:.2%} of a core")
+    program = shutil.which(bench.exporter)
+    if program is None:
+        print(f"{bench.exporter}: not found. To have it beside the monitor: {HOW}")
+        return
+    found["exporter"] = one = exporter_cost(Path(program), logs / "exporter.log", bench.seconds)
+    share, times = f"{one['cpu_share']:.2%} of a core", ms(one["scrape_seconds"])
+    print(f"{one['exporter']}: {share}, a scrape {times} ms (p50, p99, max) and {scraped(one)} of CPU", flush=True)
 
 
 def run(bench: Bench, found: JSON) -> None:
@@ -185,14 +190,7 @@ def run(bench: Bench, found: JSON) -> None:
             with monitor(hz, servers) as program:
                 found["monitor"].append(cost(hz, bench.seconds, program))
             print(line(found["monitor"][-1]), flush=True)
-        theirs = shutil.which("nvidia-smi")
-        for hz in bench.hz if theirs else ():
-            found["nvidia_smi"].append(nvidia_smi(str(theirs), hz, bench.seconds))
-            print(
-                "nvidia-smi at {hz} Hz: {samples_per_second:.1f} samples/s, {cpu_share:.2%} of a core".format(
-                    **found["nvidia_smi"][-1]
-                )
-            )
+        beside(bench, Path(name), found)
         found["slowdown"] = slowdown(bench, servers)
 
 
@@ -202,17 +200,18 @@ def parse(arguments: Sequence[str]) -> tuple[Bench, Path | None]:
     add = partial(parser.add_argument, metavar="...")
     add("--hz", type=serving.numbers, default="10,100,1000", help="samples a second; servers run beside the last")
     add("--seconds", type=float, default=20, help="how long each monitor is measured")
+    add("--exporter", default=EXPORTER, help="program of the exporter beside it, if it is there: nvitop-exporter")
     kv_sampling.add_load(add, "sequential,vllm")
     add("--out", type=Path, help="file for the figures as JSON")
     given = vars(parser.parse_args(arguments))
-    hz, seconds, out = given.pop("hz"), given.pop("seconds"), given.pop("out")
-    return Bench(hz, seconds, kv_sampling.Options(**given, out=None)), out
+    own, out = {name: given.pop(name) for name in ("hz", "seconds", "exporter")}, given.pop("out")
+    return Bench(**own, load=kv_sampling.Options(**given, out=None)), out
 
 
 def main() -> int:
     """Run the benchmark; 1 when a program failed. What was measured before an interruption is kept."""
     bench, out = parse(sys.argv[1:])
-    found: JSON = {"monitor": [], "nvidia_smi": [], "slowdown": []}
+    found: JSON = {"monitor": [], "nvidia_smi": [], "exporter": None, "slowdown": []}
     try:
         run(bench, found)
     except RunError as error:

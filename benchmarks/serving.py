@@ -280,6 +280,14 @@ def about(device: str, dtype: str) -> JSON:
     return {"device": device, "device_name": name, "dtype": dtype} | found
 
 
+def number(text: str) -> int:
+    """Read a positive number."""
+    found = numbers(text)
+    if len(found) != 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected one positive number")
+    return found[0]
+
+
 def numbers(text: str) -> tuple[int, ...]:
     """Read a list of positive numbers with commas between."""
     found = tuple(int(part) for part in text.split(",") if part)

@@ -4,6 +4,7 @@ Each server has a thread and a connection of its own, so that a slow answer dela
 nor piles up: the moments that it misses are skipped and counted. Only the server under load is sampled at full rate.
 """
 
+import math
 import os
 import re
 import threading
@@ -18,6 +19,7 @@ from urllib.parse import urlsplit
 
 import pyarrow as pa
 
+from experiment.model import Token
 from loadtest.records import STREAM_BEGINS
 
 # A little over ten samples a second, so that there are ten when one is skipped now and then.
@@ -26,7 +28,8 @@ WRITE_NS = 500_000_000
 TIMEOUT_SECONDS = 5.0
 
 REASONS = ("reserved", "padding", "finished", "fragmentation")
-# Counts of tokens; those of `live` and of the reasons are null where the server does not say.
+# Counts of tokens, or of blocks where `unit` says so; those of `live` and of the reasons are null where the server does
+# not say.
 TOKENS = ("capacity", "allocated", "live", *REASONS)
 _NUMBERS = ("running", "waiting", "preemptions", *TOKENS, "block_size", "bytes_per_token")
 _ALLOCATOR = ("torch_allocated_bytes", "torch_reserved_bytes")
@@ -34,7 +37,7 @@ SCHEMA = pa.schema(
     # When the sample was asked for and answered (CLOCK_MONOTONIC), and the moments skipped since the one before.
     [(name, pa.int64()) for name in ("asked_ns", "answered_ns", "skipped")]
     + [(name, pa.int64()) for name in (*_NUMBERS, *_ALLOCATOR)]
-    + [("cache_dtype", pa.string()), ("prefix_caching", pa.bool_()), ("error", pa.string())]
+    + [("unit", pa.string()), ("cache_dtype", pa.string()), ("prefix_caching", pa.bool_()), ("error", pa.string())]
 )
 Row = dict[str, int | str | bool | None]
 
@@ -48,10 +51,11 @@ _LINE = re.compile(rf"^(?:hf|vllm):({'|'.join(_NAMES)})\{{(.*)\}} (\S+)$", re.MU
 _LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
 
 
-def parse(text: str) -> Row:
+def parse(text: str, token: Token | None = None) -> Row:
     """Read the columns of a sample from the text of /metrics, summed over the engines of the server.
 
-    Raises ValueError that says what is missing when the text has no figures of a KV cache.
+    `token` is what one takes in vLLM's cache, if that is known. Raises ValueError that says what is missing when the
+    text has no figures of a KV cache.
     """
     engines: defaultdict[str, dict[str, str]] = defaultdict(dict)
     for name, labels, value in _LINE.findall(text):
@@ -64,7 +68,7 @@ def parse(text: str) -> Row:
     if not engines:
         raise ValueError("no figures of a KV cache")
     try:
-        rows = [_paged(e) if "kv_cache_usage_perc" in e else _ledger(e) for e in engines.values()]
+        rows = [_paged(e, len(engines), token) if "kv_cache_usage_perc" in e else _ledger(e) for e in engines.values()]
     except KeyError as error:
         raise ValueError(f"no {error.args[0]}") from None
     except OverflowError as error:
@@ -80,16 +84,39 @@ def _ledger(engine: Mapping[str, str]) -> Row:
     row |= {reason: _whole(engine[reason]) for reason in REASONS}
     row |= {name: _whole(engine[name]) for name in _ALLOCATOR if name in engine}
     size = _whole(engine["kv_capacity_bytes"]) // capacity if capacity else None
-    return row | _queue(engine) | {"bytes_per_token": size}
+    return row | _queue(engine) | {"unit": "tokens", "bytes_per_token": size}
 
 
-def _paged(engine: Mapping[str, str]) -> Row:
-    """Of vLLM the share of its blocks that is in use is known; the pool keeps one back, which the share leaves out."""
-    size, blocks = int(engine["block_size"]), int(engine["num_gpu_blocks"]) - 1
+def _paged(engine: Mapping[str, str], engines: int, token: Token | None) -> Row:
+    """Of vLLM the share of its blocks that is in use is known; the pool keeps one back, which the share leaves out.
+
+    With data parallelism each engine has a pool of its own, and each tells the blocks of all of them.
+    """
+    size, total = int(engine["block_size"]), int(engine["num_gpu_blocks"]) // engines
+    blocks = total - 1
     used = round(float(engine["kv_cache_usage_perc"]) * blocks)
-    row: Row = {"capacity": blocks * size, "allocated": used * size, "block_size": size}
-    row |= {"cache_dtype": engine["cache_dtype"], "prefix_caching": engine["enable_prefix_caching"] == "True"}
+    row: Row = {"block_size": size, "cache_dtype": engine["cache_dtype"]}
+    if _has_one_group(engine, total):
+        row |= {"unit": "tokens", "capacity": blocks * size, "allocated": used * size}
+        row["bytes_per_token"] = token.size(engine["cache_dtype"]) if token else None
+    else:
+        row |= {"unit": "blocks", "capacity": blocks, "allocated": used}
+    row["prefix_caching"] = engine["enable_prefix_caching"] == "True"
     return row | _queue(engine) | {"preemptions": _whole(engine["num_preemptions_total"])}
+
+
+def _has_one_group(engine: Mapping[str, str], blocks: int) -> bool:
+    """Whether a block holds the keys and values of its tokens in all layers, and a sequence keeps all of its tokens.
+
+    Layers with a sliding window or a state are groups of their own, each of which takes blocks from the one pool. vLLM
+    says how many sequences of the longest context fit; such a sequence then takes another number of blocks than its
+    tokens fill. A version that does not say so is taken to have one group.
+    """
+    sequences, tokens = (engine.get(name, "None") for name in ("kv_cache_max_concurrency", "kv_cache_size_tokens"))
+    if "None" in (sequences, tokens):
+        return True
+    longest = math.ceil(int(tokens) / float(sequences) - 1e-6)
+    return round(float(sequences) * math.ceil(longest / int(engine["block_size"]))) == blocks
 
 
 def _queue(engine: Mapping[str, str]) -> Row:
@@ -109,15 +136,17 @@ def next_due(due_ns: int, period_ns: int, now_ns: int) -> tuple[int, int]:
 class Sampler:
     """Samples one server in a thread of its own and appends the samples to a new Arrow IPC stream.
 
-    Raises FileExistsError for a file that is there. A scrape that fails is a row with its `error`.
+    `token` is what one takes in vLLM's cache, if that is known. Raises FileExistsError for a file that is there. A
+    scrape that fails is a row with its `error`.
     """
 
-    def __init__(self, target: str, url: str, path: Path):
+    def __init__(self, target: str, url: str, path: Path, token: Token | None = None):
         address = urlsplit(url)
         names = "&".join(f"name[]={target}:{name}" for name in _NAMES)
         # At the first path vLLM makes only what is asked for; at the second it makes everything, as servers.hf does.
         self._paths = [f"{address.path}/metrics/?{names}", f"{address.path}/metrics?{names}"]
         self._connection = HTTPConnection(address.hostname or "", address.port, timeout=TIMEOUT_SECONDS)
+        self._token = token
         self._file = path.open("xb")
         self._rows: list[Row] = []
         self._period_ns = IDLE_NS
@@ -152,7 +181,7 @@ class Sampler:
             response = self._connection.getresponse()
             body = response.read()
             try:
-                row = parse(body.decode()) if response.status == 200 else None
+                row = parse(body.decode(), self._token) if response.status == 200 else None
             except ValueError as error:
                 refused = error
                 continue
@@ -206,17 +235,21 @@ class Sampler:
 
 
 class Sampling:
-    """Samples all servers of a run into `folder`; a context manager that ends with it."""
+    """Samples all servers of a run into `folder`; a context manager that ends with it.
 
-    def __init__(self, urls: Mapping[str, str], folder: Path):
+    `token` is what one takes in vLLM's cache, if that is known.
+    """
+
+    def __init__(self, urls: Mapping[str, str], folder: Path, token: Token | None = None):
         self._urls = urls
+        self._token = token
         self._folder = folder
         self._samplers: dict[str, Sampler] = {}
 
     def __enter__(self) -> "Sampling":
         self._folder.mkdir()
         for target, url in self._urls.items():
-            self._samplers[target] = Sampler(target, url, self._folder / f"{target}.arrow")
+            self._samplers[target] = Sampler(target, url, self._folder / f"{target}.arrow", self._token)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:

@@ -10,6 +10,9 @@ live tokens get a lower and an upper bound:
   the last block of each running sequence is waste. Room for prompts that may be in the making is left out: as many of
   the requests without a first chunk as the server does not count as waiting, each as long as the longest.
 
+Layers with a sliding window or a state are groups of their own in vLLM, each of which takes blocks from one pool. Then
+a block in use is a share of the pool, but how many tokens it holds is not known, and live tokens are not told.
+
 What the client has seen is no lower bound once the server has preempted a sequence, whose tokens it drops for a while,
 or where it shares the blocks of equal prefixes; the bound from the blocks stays.
 """
@@ -29,21 +32,24 @@ from loadtest.records import Record
 
 Moments = NDArray[np.int64]
 Flags = NDArray[np.bool_]
+Source = Literal["ledger", "records", "unknown"]
 
 
 @dataclass(frozen=True)
 class Cache:
     """Samples of a server's KV cache.
 
-    `tokens` has a value per sample for each of capacity, allocated, live_low and live_high, and a lower and an upper
-    one for each reason of waste that the server can have, such as fragmentation_low. `broken` marks the samples whose
-    allocated tokens cannot be live + waste. `missed` is how many scrapes were skipped or failed, and after which time.
-    `token_bytes` is None where the KV bytes of a token are not known, `block_size` where there are no blocks.
+    `counts` has a value per sample for each of capacity, allocated, live_low and live_high, and a lower and an upper
+    one for each reason of waste that the server can have, such as fragmentation_low. Where they are blocks and not
+    tokens, nothing but capacity and allocated is known. `broken` marks the samples whose allocated tokens cannot be
+    live + waste. `missed` is how many scrapes were skipped or failed, and after which time. `token_bytes` is None where
+    the KV bytes of a token are not known, `block_size` where there are no blocks.
     """
 
-    source: Literal["ledger", "records"]
+    source: Source
+    unit: Literal["tokens", "blocks"]
     time_ns: Moments
-    tokens: dict[str, Floats]
+    counts: dict[str, Floats]
     broken: Flags
     missed_ns: Moments
     missed: Moments
@@ -55,24 +61,32 @@ def caches(samples: Mapping[str, pa.Table], records: Mapping[str, Sequence[Recor
     """The KV cache of each server that gave a sample; the records are those of all requests that it got."""
     good = {target: table.filter(pc.is_null(table["error"])) for target, table in samples.items()}
     good = {target: table for target, table in good.items() if table.num_rows}
-    known = [size for table in good.values() for size in pc.unique(table["bytes_per_token"]).to_pylist() if size]
     found = {}
     for target, table in good.items():
-        paged = table["block_size"][0].as_py() is not None
-        own_dtype = table["cache_dtype"][0].as_py() not in (None, "auto")
-        tokens, broken = _bounded(table, records.get(target, ())) if paged else _counted(table)
+        first = {name: table[name][0].as_py() for name in ("unit", "block_size", "bytes_per_token")}
+        source, (counts, broken) = _read(table, records.get(target, ()), first["unit"], first["block_size"])
         found[target] = Cache(
-            source="records" if paged else "ledger",
+            source=source,
+            unit=first["unit"],
             time_ns=(numbers(table, "asked_ns") + numbers(table, "answered_ns")) // 2,
-            tokens=tokens,
+            counts=counts,
             broken=broken,
             missed_ns=numbers(samples[target], "asked_ns"),
             missed=numbers(samples[target], "skipped") + samples[target]["error"].is_valid().to_numpy(),
-            # All servers have one model and dtype: the ledger's size of a token holds, unless vLLM was told another.
-            token_bytes=known[0] if known and not own_dtype else None,
-            block_size=table["block_size"][0].as_py(),
+            token_bytes=first["bytes_per_token"],
+            block_size=first["block_size"],
         )
     return found
+
+
+def _read(
+    table: pa.Table, records: Sequence[Record], unit: str, block_size: int | None
+) -> tuple[Source, tuple[dict[str, Floats], Flags]]:
+    """Where live tokens come from, and the counts and which of them are broken."""
+    if unit == "blocks":
+        counts = {name: numbers(table, name).astype(np.float64) for name in ("capacity", "allocated")}
+        return "unknown", (counts, counts["allocated"] > counts["capacity"])
+    return ("records", _bounded(table, records)) if block_size else ("ledger", _counted(table))
 
 
 def numbers(table: pa.Table, name: str) -> Moments:

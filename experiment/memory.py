@@ -20,6 +20,8 @@ from loadtest.records import Record
 
 # The finest resolution a chart shows; of each stretch of time it keeps the largest and the smallest value.
 MAX_POINTS = 800
+# Nothing is sampled more seldom than once a second: after a longer silence it is not known what was there.
+GAP_NS = 3_000_000_000
 Layer = Literal["device", "process", "host", "allocator"]
 Window = tuple[int, int]
 JSON = dict[str, Any]
@@ -52,7 +54,7 @@ class Memory:
     def figures(self, target: str, windows: Sequence[Window]) -> JSON:
         """Mean and maximum of each layer for a server in some windows of time; layers without a sample are left out.
 
-        The device is that of all servers. Values are bytes, or tokens where `kv.unit` says so.
+        The device is that of all servers. Values are bytes, or tokens or blocks where `kv.unit` says so.
         """
         found: JSON = {}
         for one in self.series:
@@ -80,10 +82,11 @@ def gather(
 
 
 def cache_table(memory: Memory) -> pa.Table:
-    """All samples of the KV caches, with the bounds of the live tokens; counts of tokens."""
+    """All samples of the KV caches, with the bounds of the live tokens; counts of tokens, or of blocks by `unit`."""
     tables = []
     for target, cache in memory.caches.items():
-        columns = {"time_ns": cache.time_ns, "target": [target] * len(cache.time_ns), **cache.tokens}
+        columns = {"time_ns": cache.time_ns, "target": [target] * len(cache.time_ns)}
+        columns |= {"unit": [cache.unit] * len(cache.time_ns), **cache.counts}
         tables.append(pa.table(columns | {"broken": cache.broken}))
     return pa.concat_tables(tables, promote_options="default")
 
@@ -99,17 +102,17 @@ def inside(time_ns: Moments, windows: Sequence[Window]) -> Flags:
 def cache_figures(cache: Cache, windows: Sequence[Window]) -> JSON | None:
     """Mean and maximum of a KV cache in some windows, shares of the mean allocated, and the quality of the samples.
 
-    Live tokens and waste have a `low` and a `high`, which are equal where the server counts them itself. None without
-    a sample.
+    Live tokens and waste have a `low` and a `high`, which are equal where the server counts them itself; there are none
+    where the counts are of blocks. None without a sample.
     """
     chosen = inside(cache.time_ns, windows)
     if not chosen.any():
         return None
     size = cache.token_bytes or 1
-    values = {name: _mean_and_max(tokens[chosen] * size) for name, tokens in cache.tokens.items()}
-    parts = ("live", *(reason for reason in REASONS if f"{reason}_low" in values))
+    values = {name: _mean_and_max(counts[chosen] * size) for name, counts in cache.counts.items()}
+    parts = (name for name in ("live", *REASONS) if f"{name}_low" in values)
     return {
-        "unit": "bytes" if cache.token_bytes else "tokens",
+        "unit": "bytes" if cache.token_bytes else cache.unit,
         "live_source": cache.source,
         "block_size": cache.block_size,
         "samples": int(chosen.sum()),
@@ -152,6 +155,11 @@ def _series(timeline: pa.Table, metric: str, layer: Layer, name: str) -> Iterato
         same = pc.and_(pc.equal(rows["gpu"], owner["gpu"]), pc.equal(rows["server"], owner["server"]))
         own = rows.filter(same).sort_by("time_ns")
         yield Series(layer, owner["server"], owner["gpu"], name, own["time_ns"].to_numpy(), own["value"].to_numpy())
+
+
+def runs(time_ns: Moments) -> Moments:
+    """The number of the run without a gap that each sample belongs to, from 0; times ascend."""
+    return np.cumsum(np.diff(time_ns, prepend=time_ns[:1]) > GAP_NS, dtype=np.int64)
 
 
 def thin(values: Floats, points: int = MAX_POINTS) -> NDArray[np.int64]:

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
 from experiment.kv import Sampling
+from experiment.model import token_of_vllm
 from experiment.plan import TARGETS, Cell, Plan
 from experiment.stack import Program, RunError, Stack, end, get, spawn
 from loadtest import records
@@ -40,7 +41,8 @@ def run_cells(plan: Plan, stack: Stack, folder: Path, console: Console) -> None:
     options = workload_options(plan, stack)
     timeline = Timeline(stack.programs["monitor"].url, folder / "timeline")
     servers = {target: stack.programs[target].url for target in TARGETS}
-    with progress, timeline, Sampling(servers, folder / "kv") as kv:
+    token = token_of_vllm(plan, servers["vllm"])
+    with progress, timeline, Sampling(servers, folder / "kv", token) as kv:
         for cell in cells:
             kv.focus(cell.target)
             left = time_left(cells[cell.index - 1 :], took)

@@ -7,8 +7,9 @@ from typing import Any
 
 import jinja2
 
+from experiment.analysis import analyse
 from experiment.report import charts, layers
-from experiment.results import JSON, Results, analyse, damage_named, load, write_tables
+from experiment.results import JSON, Results, damage_named, load, write_tables
 
 NAMES = {"hf": "HF", "vllm": "vLLM"}
 LAYERS = {"device": "device", "process": "process", "host": "host, PSS", "allocator": "torch"}
@@ -97,9 +98,9 @@ def _gib(value: float) -> str:
 
 
 def _amount(value: float, unit: str) -> str:
-    """Bytes in the largest unit of which there is at least one, or tokens."""
-    if unit == "tokens":
-        return f"{value:,.0f} tokens"
+    """Bytes in the largest unit of which there is at least one, or a count of tokens or blocks."""
+    if unit != "bytes":
+        return f"{value:,.0f} {unit}"
     scale, name = next(((s, n) for s, n in ((2**30, "GiB"), (2**20, "MiB")) if value >= s), (2**10, "KiB"))
     return f"{value / scale:,.1f} {name}"
 

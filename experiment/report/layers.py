@@ -1,15 +1,18 @@
 """The layers of memory over time as one chart: a panel for each, on one time axis, with the cells marked."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 
 import altair as alt
 import numpy as np
 
 from experiment.kv import REASONS
 from experiment.live import Cache, Flags, Moments
-from experiment.memory import Layer, Memory, Window, inside, thin
+from experiment.memory import GAP_NS, MAX_POINTS, Layer, Memory, Window, inside, runs, thin
 from experiment.report.charts import COLORS, INK, NAMES, WIDTH, svg
 from experiment.results import JSON
+from experiment.stats import Floats
 
 TITLES: dict[Layer, str] = {
     "device": "Device: what the GPU counts as used (NVML)",
@@ -26,6 +29,7 @@ PARTS = {
     "padding": "#db2777",
     "finished": "#78716c",
     "fragmentation": "#ef4444",
+    "in use": "#64748b",
 }
 UNITS = [(2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "bytes")]
 HEIGHT = 110
@@ -40,7 +44,7 @@ def draw(memory: Memory, summary: JSON) -> dict[str, str]:
     panels = [_lines(title, rows) for layer, title in TITLES.items() if (rows := list(_points(memory, layer, window)))]
     for target, cache in memory.caches.items():
         if (chosen := inside(cache.time_ns, [window])).any():
-            panels.append(_areas(target, cache, chosen, window[0]))
+            panels.append(_areas(target, cache, chosen, window))
     if not panels:
         return {}
     layered = []
@@ -64,8 +68,11 @@ def _bands(cells: Sequence[JSON], window: Window, title: str | None) -> Iterator
             scale = alt.Scale(domain=[0, (window[1] - window[0]) / 1e9], nice=False)
             x = alt.X("from:Q", title=title, scale=scale)
             chart = alt.Chart(alt.Data(values=rows)).encode(x=x)
-            yield chart.mark_rect(opacity=0.13, color=COLORS[name]).encode(x2="to:Q")
-            yield chart.mark_text(y=-6, fontSize=10, color=INK).encode(x="middle:Q", text="label:N")
+            rect = chart.mark_rect(fillOpacity=0.13, color=COLORS[name], stroke=COLORS[name], strokeOpacity=0.5)
+            yield rect.encode(x2="to:Q")
+            yield chart.mark_text(y=-9, fontSize=10, color=INK).encode(x="middle:Q", text="label:N")
+    heading = alt.Chart(alt.Data(values=[{"text": "in flight"}]))
+    yield heading.mark_text(x=-4, y=-9, align="right", fontSize=10, color=INK).encode(text="text:N")
 
 
 def _band(cell: JSON, window: Window) -> JSON:
@@ -73,6 +80,31 @@ def _band(cell: JSON, window: Window) -> JSON:
     # Narrow bands have no room for a label.
     wide = end - start > 0.03 * (window[1] - window[0]) / 1e9
     return {"from": start, "to": end, "middle": (start + end) / 2, "label": str(cell["concurrency"]) if wide else ""}
+
+
+@dataclass(frozen=True)
+class Steps:
+    """What is drawn of a series: positions of samples, the second from which each is shown, and its run without a gap.
+
+    The last sample of a run is there twice: it is shown for one period, and then there is a gap.
+    """
+
+    at: Moments
+    seconds: list[float]
+    run: list[int]
+
+
+def _steps(time_ns: Moments, columns: Sequence[Floats], window: Window) -> Steps:
+    """Choose so few samples that they can be drawn; the extremes of each column are among them."""
+    run = runs(time_ns)
+    last = np.flatnonzero(np.diff(run, append=run[-1] + 1))
+    first = np.append(0, last[:-1] + 1)
+    extremes = [thin(values, max(2, MAX_POINTS // len(columns))) for values in columns]
+    at = np.sort(np.concatenate([np.unique(np.concatenate([first, last, *extremes])), last]))
+    period_ns = min(GAP_NS, int(np.median(np.diff(time_ns)))) if len(time_ns) > 1 else GAP_NS
+    again = np.append(False, at[1:] == at[:-1])
+    shown_ns = np.minimum(time_ns[at] + period_ns * again, window[1]) - window[0]
+    return Steps(at, (shown_ns / 1e9).round(3).tolist(), run[at].tolist())
 
 
 def _points(memory: Memory, layer: Layer, window: Window) -> Iterator[JSON]:
@@ -83,9 +115,12 @@ def _points(memory: Memory, layer: Layer, window: Window) -> Iterator[JSON]:
         name = one.name if layer in ("device", "allocator") else NAMES.get(one.owner, one.owner)
         within = inside(one.time_ns, [window])
         times, values = one.time_ns[within], one.values[within]
-        kept = thin(values)
-        for second, value in zip(_seconds(times[kept], window[0]), values[kept].tolist(), strict=True):
-            yield {"name": f"{name}, GPU {one.gpu}" if several else name, "seconds": second, "value": value}
+        if not len(times):
+            continue
+        steps = _steps(times, [values], window)
+        for second, run, value in zip(steps.seconds, steps.run, values[steps.at].tolist(), strict=True):
+            label = f"{name}, GPU {one.gpu}" if several else name
+            yield {"name": label, "run": run, "seconds": second, "value": value}
 
 
 def _lines(title: str, rows: Sequence[JSON]) -> tuple[str, list[alt.Chart]]:
@@ -95,46 +130,61 @@ def _lines(title: str, rows: Sequence[JSON]) -> tuple[str, list[alt.Chart]]:
     colors = [LINES.get(name.split(",")[0], INK) for name in names]
     lines = alt.Chart(alt.Data(values=points)).mark_line(strokeWidth=1.5, interpolate="step-after")
     y = alt.Y("value:Q", title=unit, axis=alt.Axis(tickCount=4))
-    return title, [lines.encode(x="seconds:Q", y=y, color=_color(names, colors, "stroke"))]
+    return title, [lines.encode(x="seconds:Q", y=y, detail="run:N", color=_color(names, colors, "stroke"))]
 
 
-def _areas(target: str, cache: Cache, chosen: Flags, start_ns: int) -> tuple[str, list[alt.Chart]]:
+def _areas(target: str, cache: Cache, chosen: Flags, window: Window) -> tuple[str, list[alt.Chart]]:
     """What a KV cache is used for, one part upon the other."""
-    kept = np.flatnonzero(chosen)[thin(cache.tokens["allocated"][chosen])]
+    parts = {part: counts[chosen] for part, counts in _parts(cache).items()}
+    allocated = cache.counts["allocated"][chosen]
+    steps = _steps(cache.time_ns[chosen], [allocated, *parts.values()], window)
     size = cache.token_bytes or 1
-    scale, unit = _unit(cache.tokens["allocated"][kept].max() * size) if cache.token_bytes else (1, "tokens")
-    seconds, below = _seconds(cache.time_ns[kept], start_ns), np.zeros(len(kept))
+    scale, unit = _unit(allocated.max() * size) if cache.token_bytes else (1, cache.unit)
+    below = np.zeros(len(steps.at))
     rows, used = [], []
-    for part, tokens in _parts(cache).items():
-        above = below + tokens[kept] * size / scale
-        if (above > below).any() or part == "live":
+    for part, counts in parts.items():
+        above = below + counts[steps.at] * size / scale
+        if (above > below).any() or part in ("live", "in use"):
             used.append(part)
-            edges = zip(seconds, below.tolist(), above.tolist(), strict=True)
-            rows += [{"name": part, "seconds": second, "from": low, "to": high} for second, low, high in edges]
+            edges = zip(steps.seconds, steps.run, below.tolist(), above.tolist(), strict=True)
+            rows += [{"name": part, "run": n, "seconds": at, "from": low, "to": high} for at, n, low, high in edges]
         below = above
     area = alt.Chart(alt.Data(values=rows)).mark_area(interpolate="step-after", opacity=0.9)
     y = alt.Y("from:Q", title=unit, axis=alt.Axis(tickCount=4))
     colors = [PARTS[part] for part in used]
-    title = f"KV cache of {NAMES[target]}: what its allocated {'bytes' if cache.token_bytes else 'tokens'} hold"
-    return title, [area.encode(x="seconds:Q", y=y, y2="to:Q", color=_color(used, colors, "square"))]
+    most = cache.counts["capacity"][chosen].max() * size
+    held, (all_scale, all_unit) = "bytes" if cache.token_bytes else cache.unit, _unit(most)
+    room = f"{most / all_scale:,.1f} {all_unit}" if cache.token_bytes else f"{most:,.0f} {cache.unit}"
+    title = f"KV cache of {NAMES[target]}: what its allocated {held} hold (it may allocate {room})"
+    areas = area.encode(x="seconds:Q", y=y, y2="to:Q", detail="run:N", color=_color(used, colors, "square"))
+    return title, [areas, *_gaps(steps)]
 
 
-def _parts(cache: Cache) -> dict[str, np.ndarray[tuple[int], np.dtype[np.float64]]]:
-    """Tokens by what they are for; what the bounds leave open is a part of its own."""
-    sure = {reason: cache.tokens[f"{reason}_low"] for reason in REASONS if f"{reason}_low" in cache.tokens}
-    unknown = cache.tokens["live_high"] - cache.tokens["live_low"]
-    return {"live": cache.tokens["live_low"], "live or unused": unknown} | sure
+def _gaps(steps: Steps) -> Iterator[alt.Chart]:
+    """Mark where nothing was sampled, which an area of nothing would look like."""
+    neighbours = zip(pairwise(steps.seconds), pairwise(steps.run), strict=True)
+    rows = [{"gap": since, "until": until} for (since, until), (one, next_) in neighbours if one != next_]
+    if rows:
+        gaps = alt.Chart(alt.Data(values=[row | {"text": "no samples"} for row in rows]))
+        yield gaps.mark_rule(color=INK, strokeDash=[2, 3], y=HEIGHT / 2).encode(x="gap:Q", x2="until:Q")
+        middle = gaps.transform_calculate(middle="(datum.gap + datum.until) / 2")
+        yield middle.mark_text(y=HEIGHT / 2 - 8, fontSize=10, color=INK).encode(x="middle:Q", text="text:N")
+
+
+def _parts(cache: Cache) -> dict[str, Floats]:
+    """Counts by what they are for; what the bounds leave open is a part of its own."""
+    if cache.unit == "blocks":
+        return {"in use": cache.counts["allocated"]}
+    sure = {reason: cache.counts[f"{reason}_low"] for reason in REASONS if f"{reason}_low" in cache.counts}
+    unknown = cache.counts["live_high"] - cache.counts["live_low"]
+    return {"live": cache.counts["live_low"], "live or unused": unknown} | sure
 
 
 def _color(names: Sequence[str], colors: Sequence[str], symbol: str) -> alt.Color:
     legend = alt.Legend(
-        orient="top", offset=16, columnPadding=24, symbolType=symbol, symbolStrokeWidth=3, symbolOpacity=1
+        orient="top", offset=20, columnPadding=24, symbolType=symbol, symbolStrokeWidth=3, symbolOpacity=1
     )
     return alt.Color("name:N", title=None, scale=alt.Scale(domain=list(names), range=list(colors)), legend=legend)
-
-
-def _seconds(time_ns: Moments, start_ns: int) -> list[float]:
-    return [round(second, 3) for second in ((time_ns - start_ns) / 1e9).tolist()]
 
 
 def _unit(most: float) -> tuple[int, str]:

@@ -8,7 +8,8 @@ from collections.abc import Callable
 import pyarrow.parquet as pq
 import pytest
 
-from experiment.results import analyse, load
+from experiment.analysis import analyse
+from experiment.results import load
 from tests.integration.harness import Compare
 
 

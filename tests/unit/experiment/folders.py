@@ -11,12 +11,24 @@ import pyarrow as pa
 from experiment import kv
 from experiment.plan import Cell, Plan
 from experiment.run import cell_requests, warmup
+from loadtest.keeper import summarize
 from loadtest.records import Phase, Record, RecordFile, read, to_bytes
 from monitor.timeline import Series
 from monitor.window import SCHEMA
 
 SECOND = 10**9
-CLIENT = {"cpu_share": 0.1, "loop_lag_p99_seconds": 0.001, "goes_first": True}
+# What the load generator measured of itself, and its own verdict.
+PROCESS: dict[str, Any] = {
+    "worker": 0,
+    "goes_first": True,
+    "cpu_share": 0.1,
+    "loop_lag_p99_seconds": 0.001,
+    "send_lateness_p99_seconds": None,
+    "chunks_per_second_max": 100,
+    "requests_ended": {},
+    "skipped_lines": {},
+}
+CLIENT = {"complete": True, **summarize([PROCESS], lost=[], calibrated=None)}
 ENVIRONMENT = {
     "python": "3.11.0",
     "system": "Linux",
@@ -95,7 +107,8 @@ def timeline(rows: Mapping[Series, Sequence[float]], step_ns: int = SECOND) -> p
 
 def kv_row(at_ns: int, **changes: Any) -> dict[str, Any]:
     """A sample of the HF server, which holds 10 tokens of 4,096 bytes, 6 of them live."""
-    row = {"asked_ns": at_ns, "answered_ns": at_ns, "skipped": 0, "running": 1, "waiting": 0, "bytes_per_token": 4096}
+    row: dict[str, Any] = {"asked_ns": at_ns, "answered_ns": at_ns, "skipped": 0, "running": 1, "waiting": 0}
+    row |= {"unit": "tokens", "bytes_per_token": 4096}
     row |= {"capacity": 100, "allocated": 10, "live": 6, "reserved": 3, "padding": 1, "finished": 0, "fragmentation": 0}
     return row | changes
 
@@ -103,7 +116,7 @@ def kv_row(at_ns: int, **changes: Any) -> dict[str, Any]:
 def paged_row(at_ns: int, **changes: Any) -> dict[str, Any]:
     """A sample of vLLM, which has one block of 16 tokens in use."""
     row: dict[str, Any] = {"asked_ns": at_ns, "answered_ns": at_ns, "skipped": 0, "running": 1, "waiting": 0}
-    row["preemptions"] = 0
+    row |= {"unit": "tokens", "bytes_per_token": 4096, "preemptions": 0}
     row |= {"capacity": 1600, "allocated": 16, "block_size": 16, "cache_dtype": "auto", "prefix_caching": False}
     return row | changes
 

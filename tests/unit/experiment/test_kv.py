@@ -1,5 +1,6 @@
 """Reading a KV cache from /metrics, on a schedule, into a file that survives a kill."""
 
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from experiment import kv
+from experiment.model import Token
 
 LEDGER = """# HELP hf:kv_capacity_tokens The most that may be set aside
 # TYPE hf:kv_capacity_tokens gauge
@@ -51,6 +53,12 @@ def paged(engine: int = 0, labels: str = LABELS) -> str:
     return PAGED % {"e": engine, "labels": labels}
 
 
+def pool(blocks: int, size: int, sequences: object, tokens: object) -> str:
+    """Labels of a vLLM that says how many sequences of the longest context fit, and how many tokens that is."""
+    told = f'kv_cache_max_concurrency="{sequences}",kv_cache_size_tokens="{tokens}"'
+    return LABELS.replace('"101"', f'"{blocks}"').replace('block_size="16"', f'block_size="{size}"') + "," + told
+
+
 def test_a_ledger_is_read_in_tokens_with_the_bytes_of_each() -> None:
     row = kv.parse(LEDGER)
     assert [row[name] for name in kv.TOKENS] == [2048, 100, 60, 20, 12, 8, 0]
@@ -71,10 +79,40 @@ def test_blocks_in_use_are_a_share_of_all_but_the_one_kept_back() -> None:
     assert row.get("live") is None
 
 
-def test_the_engines_of_a_server_are_added_up() -> None:
-    row = kv.parse(paged(0) + paged(1))
-    assert (row["capacity"], row["allocated"], row["running"], row["preemptions"]) == (3200, 2 * 37 * 16, 8, 10)
-    assert row["block_size"] == 16
+def test_the_engines_of_a_server_are_added_up_though_each_tells_the_blocks_of_all() -> None:
+    # What vLLM says of random:tiny with two engines, each of which has 2,048 blocks.
+    labels = pool(4096, 128, 128.0, 262144)
+    row = kv.parse(paged(0, labels) + paged(1, labels), Token(1024, "float32"))
+    assert (row["unit"], row["block_size"], row["bytes_per_token"]) == ("tokens", 128, 4096)
+    assert (row["capacity"], row["allocated"]) == (2 * 2047 * 128, 2 * 757 * 128)
+    assert (row["running"], row["preemptions"]) == (8, 10)
+
+
+@pytest.mark.parametrize(
+    ("labels", "unit"),
+    [
+        (pool(101, 16, 101 / 63, int(101 / 63 * 1000)), "tokens"),  # a context of 1,000 tokens fills 63 blocks of 16
+        (pool(101, 16, 101.0, 101 * 16), "tokens"),
+        (pool(101, 16, "None", "None"), "tokens"),
+        (pool(2048, 128, 128.0, 262144), "tokens"),  # what vLLM says of random:tiny
+        (pool(16384, 128, 129.00787401574803, 528416), "blocks"),  # and of a Gemma 3, whose windows are another group
+        (pool(101, 16, 101 / 126, int(101 / 126 * 1000)), "blocks"),  # two groups that keep all
+        (pool(101, 16, 101 / 9, int(101 / 9 * 1000)), "blocks"),  # all layers have a window
+    ],
+)
+def test_blocks_are_tokens_where_a_sequence_takes_as_many_as_its_tokens_fill(labels: str, unit: str) -> None:
+    row = kv.parse(paged(labels=labels))
+    blocks, size = (int(re.findall(rf'{name}="(\d+)"', labels)[0]) for name in ("num_gpu_blocks", "block_size"))
+    assert row["unit"] == unit
+    assert row["capacity"] == (blocks - 1) * (size if unit == "tokens" else 1)
+    assert row["allocated"] == round(0.37 * (blocks - 1)) * (size if unit == "tokens" else 1)
+
+
+@pytest.mark.parametrize(("dtype", "size"), [("auto", 400), ("fp8", 100), ("float16", 200), ("nvfp4", None)])
+def test_the_dtype_of_the_cache_decides_what_a_token_takes(dtype: str, size: int | None) -> None:
+    text = paged(labels=LABELS.replace('"auto"', f'"{dtype}"'))
+    assert kv.parse(text, Token(100, "float32"))["bytes_per_token"] == size
+    assert kv.parse(text)["bytes_per_token"] is None
 
 
 @pytest.mark.parametrize(

@@ -24,14 +24,14 @@ def request(**changes: Any) -> Record:
 
 def bounds(row: dict[str, Any], *records: Record) -> tuple[float, float]:
     cache = caches({"vllm": kv_table(row)}, {"vllm": records})["vllm"]
-    return float(cache.tokens["live_low"][0]), float(cache.tokens["live_high"][0])
+    return float(cache.counts["live_low"][0]), float(cache.counts["live_high"][0])
 
 
 def test_a_ledger_that_adds_up_is_taken_as_it_is() -> None:
     cache = caches({"hf": kv_table(kv_row(10))}, {})["hf"]
     assert (cache.source, cache.token_bytes, cache.block_size) == ("ledger", 4096, None)
     assert (cache.time_ns.tolist(), cache.broken.tolist()) == ([10], [False])
-    assert {name: values.tolist() for name, values in cache.tokens.items() if name.endswith("_high")} == {
+    assert {name: values.tolist() for name, values in cache.counts.items() if name.endswith("_high")} == {
         "live_high": [6],
         "reserved_high": [3],
         "padding_high": [1],
@@ -44,7 +44,7 @@ def test_a_ledger_that_adds_up_is_taken_as_it_is() -> None:
 def test_a_ledger_that_does_not_add_up_is_marked(wrong: dict[str, int]) -> None:
     cache = caches({"hf": kv_table(kv_row(0), kv_row(10, **wrong), kv_row(20))}, {})["hf"]
     assert cache.broken.tolist() == [False, True, False]
-    assert len(cache.tokens["allocated"]) == 3
+    assert len(cache.counts["allocated"]) == 3
 
 
 def test_failed_and_skipped_scrapes_are_counted_as_missed() -> None:
@@ -58,13 +58,23 @@ def test_a_server_without_a_good_sample_has_no_cache() -> None:
     assert caches({"hf": kv_table({"asked_ns": 0, "answered_ns": 1, "error": "x"}), "vllm": kv_table()}, {}) == {}
 
 
-def test_the_ledger_tells_the_bytes_of_a_token_unless_vllm_was_told_another_dtype() -> None:
-    def size(**changes: Any) -> int | None:
-        return caches({"vllm": kv_table(paged_row(0, **changes)), "hf": kv_table(kv_row(0))}, {})["vllm"].token_bytes
+def test_what_a_token_takes_is_known_of_each_server_without_the_other() -> None:
+    def sizes(**rows: dict[str, Any]) -> dict[str, int | None]:
+        tables = {target: kv_table(row) for target, row in rows.items()}
+        return {target: cache.token_bytes for target, cache in caches(tables, {}).items()}
 
-    assert size() == 4096
-    assert size(cache_dtype="fp8") is None
-    assert caches({"vllm": kv_table(paged_row(0))}, {})["vllm"].token_bytes is None
+    assert sizes(vllm=paged_row(0, bytes_per_token=512)) == {"vllm": 512}
+    assert sizes(vllm=paged_row(0, bytes_per_token=None), hf=kv_row(0)) == {"vllm": None, "hf": 4096}
+
+
+def test_of_blocks_that_hold_no_known_number_of_tokens_only_capacity_and_use_are_known() -> None:
+    rows = [paged_row(at, unit="blocks", capacity=100, allocated=used) for at, used in ((0, 7), (10, 101))]
+    cache = caches({"vllm": kv_table(*rows)}, {"vllm": [request()]})["vllm"]
+    assert (cache.source, cache.unit, cache.broken.tolist()) == ("unknown", "blocks", [False, True])
+    assert {name: counts.tolist() for name, counts in cache.counts.items()} == {
+        "capacity": [100, 100],
+        "allocated": [7, 101],
+    }
 
 
 def test_a_request_in_the_middle_holds_what_was_seen_or_one_chunk_more() -> None:
@@ -102,11 +112,11 @@ def test_requests_that_wait_at_the_server_are_not_in_the_making() -> None:
 def test_after_a_preemption_what_the_client_saw_is_no_lower_bound() -> None:
     rows = [paged_row(1, allocated=0, running=0), paged_row(15, allocated=0, running=0, waiting=1, preemptions=1)]
     cache = caches({"vllm": kv_table(*rows)}, {"vllm": [request()]})["vllm"]
-    assert (cache.tokens["live_low"][1], cache.broken[1]) == (0, False)
+    assert (cache.counts["live_low"][1], cache.broken[1]) == (0, False)
     before = [paged_row(-20, allocated=0, running=0), paged_row(-9, preemptions=1, allocated=0, running=0)]
     before.append(paged_row(15, preemptions=1, allocated=48))
     cache = caches({"vllm": kv_table(*before)}, {"vllm": [request()]})["vllm"]
-    assert cache.tokens["live_low"][2] == 40
+    assert cache.counts["live_low"][2] == 40
 
 
 def test_shared_prefixes_leave_the_bound_of_the_blocks() -> None:
@@ -116,7 +126,7 @@ def test_shared_prefixes_leave_the_bound_of_the_blocks() -> None:
 def test_bounds_that_contradict_each_other_are_marked_and_kept() -> None:
     cache = caches({"vllm": kv_table(paged_row(15, allocated=32))}, {"vllm": [request()]})["vllm"]
     assert cache.broken.tolist() == [True]
-    assert (cache.tokens["live_low"][0], cache.tokens["live_high"][0]) == (32, 32)
+    assert (cache.counts["live_low"][0], cache.counts["live_high"][0]) == (32, 32)
     nobody = caches({"vllm": kv_table(paged_row(15, allocated=32))}, {})["vllm"]
     assert nobody.broken.tolist() == [True]
 
@@ -203,5 +213,5 @@ def test_what_a_played_server_really_holds_is_within_the_bounds(seed: int, block
     rows, truth, records = play(random.Random(seed), block, preempt)
     cache: Cache = caches({"vllm": kv_table(*rows)}, {"vllm": records})["vllm"]
     assert not cache.broken.any()
-    assert (cache.tokens["live_low"] <= np.array(truth)).all()
-    assert (np.array(truth) <= cache.tokens["live_high"]).all()
+    assert (cache.counts["live_low"] <= np.array(truth)).all()
+    assert (np.array(truth) <= cache.counts["live_high"]).all()

@@ -114,8 +114,16 @@ def test_bounds_of_live_give_bounds_of_the_waste() -> None:
 
 
 def test_a_cache_whose_tokens_have_no_known_size_is_counted_in_tokens() -> None:
-    found = gather(None, {"vllm": kv_table(paged_row(0, running=0))}, {}).figures("vllm", WHOLE)["kv"]
+    row = paged_row(0, running=0, bytes_per_token=None)
+    found = gather(None, {"vllm": kv_table(row)}, {}).figures("vllm", WHOLE)["kv"]
     assert (found["unit"], found["allocated"]["mean"], found["broken"]) == ("tokens", 16, 1)
+
+
+def test_a_cache_in_blocks_has_no_parts() -> None:
+    row = paged_row(0, unit="blocks", capacity=100, allocated=7, bytes_per_token=None)
+    found = gather(None, {"vllm": kv_table(row)}, {}).figures("vllm", WHOLE)["kv"]
+    assert (found["unit"], found["live_source"], found["parts"]) == ("blocks", "unknown", {})
+    assert (found["capacity"]["max"], found["allocated"]["mean"]) == (100, 7)
 
 
 def test_an_empty_cache_has_no_shares() -> None:
@@ -130,6 +138,12 @@ def test_the_table_of_all_samples_has_a_row_for_each_of_every_server() -> None:
     assert table["target"].to_pylist() == ["hf", "hf", "vllm"]
     assert table["time_ns"].to_pylist() == [3, 4, 5]
     assert table["padding_low"].to_pylist() == [1, 1, None]
+    assert table["unit"].to_pylist() == ["tokens"] * 3
+
+
+def test_a_silence_of_more_than_three_seconds_begins_another_run() -> None:
+    seconds = np.array([0, 1, 2, 2.5, 5.5, 8.6, 8.7])
+    assert memory.runs((seconds * SECOND).astype(np.int64)).tolist() == [0, 0, 0, 0, 0, 1, 1]
 
 
 @given(st.lists(st.floats(-1e9, 1e9), min_size=1, max_size=400), st.integers(2, 50))

@@ -6,13 +6,17 @@ import re
 import shlex
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 import pytest
 from pydantic_settings import CliApp
 
-from experiment import report
+from experiment import memory, report
+from experiment.analysis import analyse
+from experiment.live import caches
 from experiment.plan import Plan
 from experiment.report import charts, layers
-from experiment.results import analyse, load
+from experiment.results import load
 from monitor.timeline import Series
 from tests.unit.experiment.folders import (
     change_json,
@@ -21,6 +25,7 @@ from tests.unit.experiment.folders import (
     kv_table,
     make_folder,
     make_plan,
+    paged_row,
     timeline,
     write_kv,
     write_timeline,
@@ -74,6 +79,20 @@ def test_the_table_of_kv_caches_shows_live_and_waste_and_where_live_comes_from(t
 
 
 @pytest.mark.usefixtures("no_charts")
+def test_what_is_not_known_of_a_cache_is_said(tmp_path: Path) -> None:
+    folder = make_small(tmp_path)
+    sent = {cell.target: (cell.start_ns + cell.end_ns) // 2 for cell in load(folder).cells}
+    write_timeline(folder / "kv" / "hf.arrow", kv_table(kv_row(sent["hf"], bytes_per_token=None)))
+    several = paged_row(sent["vllm"], unit="blocks", capacity=100, allocated=7, bytes_per_token=None)
+    write_timeline(folder / "kv" / "vllm.arrow", kv_table(several))
+    text = page(folder)
+    assert row(text, "hf")[2:4] == ["100 tokens", "10 tokens  peak 10 tokens"]
+    assert row(text, "vllm")[2:9] == ["100 blocks", "7 blocks  peak 7 blocks", "-", "-", "-", "-", "-"]
+    assert "how many tokens are live in them is not known" in text
+    assert "in tokens, because the bytes of one are not known" in text
+
+
+@pytest.mark.usefixtures("no_charts")
 def test_samples_that_do_not_add_up_and_those_missed_are_counted_in_the_table(tmp_path: Path) -> None:
     folder = make_small(tmp_path)
     sent = json.loads((folder / "cells" / "01-hf-c1-r1" / "cell.json").read_text())["start_ns"] + 3 * 10**9
@@ -108,6 +127,64 @@ def test_every_layer_has_a_panel_and_the_cells_are_marked(tmp_path: Path) -> Non
     assert all(color in chart for color in charts.COLORS.values())
 
 
+def drawn(time_ns: list[int], *columns: list[float]) -> list[tuple[float, int, list[float]]]:
+    """Second, run and values of what is drawn in the first 100 seconds."""
+    arrays = [np.array(values, dtype=np.float64) for values in columns]
+    steps = layers._steps(np.array(time_ns, dtype=np.int64), arrays, (0, 100 * 10**9))
+    values = [[float(array[at]) for array in arrays] for at in steps.at]
+    return list(zip(steps.seconds, steps.run, values, strict=True))
+
+
+def test_nothing_is_drawn_where_nothing_was_sampled() -> None:
+    seconds = [0, 1, 2, 10, 11, 99.5]
+    found = drawn([int(second * 10**9) for second in seconds], [5, 6, 7, 8, 9, 4])
+    # The last sample of each run is held for one period, and the window ends at 100.
+    assert found == [
+        *[(0, 0, [5]), (1, 0, [6]), (2, 0, [7]), (3, 0, [7])],
+        *[(10, 1, [8]), (11, 1, [9]), (12, 1, [9])],
+        *[(99.5, 2, [4]), (100, 2, [4])],
+    ]
+
+
+def test_a_spike_of_any_part_of_a_kv_cache_is_drawn_while_what_is_allocated_stays_the_same() -> None:
+    rows = [kv_row(at * 10**7, allocated=100, live=100, reserved=0, padding=0) for at in range(6000)]
+    spikes = {"reserved": 40, "padding": 30, "finished": 20, "fragmentation": 10}
+    for number, (part, size) in enumerate(spikes.items()):
+        rows[1000 * number + 777] |= {part: size, "live": 100 - size}
+    cache = caches({"hf": kv_table(*rows)}, {})["hf"]
+    _, (areas, *_) = layers._areas("hf", cache, np.full(6000, True), (0, 60 * 10**9))
+    points = areas.data.values
+    drawn = {part: max(row["to"] - row["from"] for row in points if row["name"] == part) for part in spikes}
+    assert drawn == pytest.approx({part: size * 4096 / 2**10 for part, size in spikes.items()})
+    assert len(points) < 1.1 * memory.MAX_POINTS * len({row["name"] for row in points})
+
+
+def test_both_ends_of_every_run_are_drawn_however_many_samples_there_are() -> None:
+    times = [at * 10**6 + (20 * 10**9 if at >= 30_000 else 0) for at in range(50_000)]
+    found = drawn(times, list(np.random.default_rng(1).uniform(1, 2, 50_000)))
+    ends = {run: (min(s for s, r, _ in found if r == run), max(s for s, r, _ in found if r == run)) for run in (0, 1)}
+    assert ends == {0: (0, 30), 1: (50, 70)}
+    assert len(found) < 1.1 * memory.MAX_POINTS
+
+
+def test_a_server_that_was_gone_for_a_while_has_a_gap_in_every_layer(tmp_path: Path) -> None:
+    def marks(gone: bool) -> list[int]:
+        folder = make_small(tmp_path / str(gone))
+        start = json.loads((folder / "cells" / "01-hf-c1-r1" / "cell.json").read_text())["start_ns"]
+        times = [start + n * 10**9 for n in range(60) if not (gone and 20 < n < 40)]
+        series = {Series("host_pss_bytes", server="hf"): [2.0**30]}
+        pieces = [timeline(series).set_column(0, "time_ns", pa.array([at])) for at in times]
+        write_timeline(folder / "timeline" / "1.arrow", pa.concat_tables(pieces))
+        write_timeline(folder / "kv" / "hf.arrow", kv_table(*(kv_row(at) for at in times)))
+        results = load(folder)
+        chart = layers.draw(results.memory, analyse(results))["memory"]
+        return [len(re.findall(rf'aria-roledescription="{kind} mark"', chart)) for kind in ("line", "area")]
+
+    whole, gap = marks(gone=False), marks(gone=True)
+    assert whole[0] == 1
+    assert [more - less for more, less in zip(gap, whole, strict=True)] == [1, whole[1]]
+
+
 def test_without_a_sample_in_the_time_of_the_cells_there_is_no_chart(tmp_path: Path) -> None:
     folder = make_small(tmp_path)
     write_timeline(folder / "timeline" / "1.arrow", timeline({Series("host_pss_bytes", server="hf"): [1.0]}))
@@ -122,6 +199,7 @@ def test_without_a_sample_in_the_time_of_the_cells_there_is_no_chart(tmp_path: P
         (2**20, "bytes", "1.0 MiB"),
         (512, "bytes", "0.5 KiB"),
         (1234, "tokens", "1,234 tokens"),
+        (1234, "blocks", "1,234 blocks"),
     ],
 )
 def test_amounts_are_in_the_largest_unit_that_fits(value: float, unit: str, text: str) -> None:

@@ -8,12 +8,15 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
+from experiment.analysis import analyse
 from experiment.plan import Plan
-from experiment.results import JSON, ResultError, analyse, load, write_tables
+from experiment.results import JSON, ResultError, load, write_tables
+from loadtest.keeper import summarize
 from loadtest.records import Record
 from monitor.timeline import Series
 from tests.unit.experiment.folders import (
     CLIENT,
+    PROCESS,
     SPEEDS,
     change_json,
     change_records,
@@ -168,18 +171,49 @@ def do_other_work(folder: Path) -> None:
     change_records(folder, FIRST, lambda records: longer(records, 3))
 
 
+def judge_client(folder: Path, **figures: Any) -> None:
+    """Let the load generator judge itself by other figures."""
+    process = PROCESS | figures
+    path = folder / "cells" / FIRST / "client.json"
+    path.write_text(json.dumps({"complete": True, **summarize([process], lost=[], calibrated=1000)}))
+
+
 def burn_client(folder: Path) -> None:
-    change_json(folder / "cells" / FIRST / "client.json", cpu_share=0.95)
+    judge_client(folder, cpu_share=0.95)
 
 
 def delay_client(folder: Path) -> None:
-    change_json(folder / "cells" / FIRST / "client.json", loop_lag_p99_seconds=0.2)
+    judge_client(folder, loop_lag_p99_seconds=0.2)
+
+
+def send_late(folder: Path) -> None:
+    judge_client(folder, send_lateness_p99_seconds=0.5)
+
+
+def outrun_calibration(folder: Path) -> None:
+    judge_client(folder, chunks_per_second_max=2000)
+
+
+def lose_worker(folder: Path) -> None:
+    path = folder / "cells" / FIRST / "client.json"
+    path.write_text(json.dumps({"complete": True, **summarize([], lost=[2], calibrated=None)}))
+
+
+def stop_client(folder: Path) -> None:
+    change_json(folder / "cells" / FIRST / "client.json", complete=False)
 
 
 @pytest.mark.parametrize(
     ("harm", "rule"),
     [
-        (lose_client, "load generator"),
+        (
+            lose_client,
+            "the load generator was fast enough, by its own check: no self-check in",
+        ),
+        (
+            lose_client,
+            "the load generator sent all requests and waited for every answer: no self-check in cell 1",
+        ),
         (lose_record, "every planned cell"),
         (lose_warmup_record, "every planned cell"),
         (repeat_record, "every planned cell"),
@@ -188,8 +222,15 @@ def delay_client(folder: Path) -> None:
         (cut_cell, "every planned cell"),
         (fail_request, "every request was answered: 1 timeout"),
         (do_other_work, "the same work: concurrency 2 repeat 1 request 3"),
-        (burn_client, "load generator used at most 80% of a core: at most 95%"),
-        (delay_client, "event loop was late by at most 10 ms (p99): at most 200.0 ms"),
+        (
+            burn_client,
+            "fast enough, by its own check: cell 1: cpu_share: 0.95: at most 0.8",
+        ),
+        (delay_client, "cell 1: loop_lag_p99_seconds: 0.2: at most 0.01"),
+        (send_late, "cell 1: send_lateness_p99_seconds: 0.5: at most 0.01"),
+        (outrun_calibration, "cell 1: chunks_per_second_max: 2000: at most 1000"),
+        (lose_worker, "cell 1: lost_workers: 2: what they had not ended has no record"),
+        (stop_client, "sent all requests and waited for every answer: not in cell 1"),
     ],
 )
 def test_one_fault_makes_every_verdict_invalid_and_says_which_rule_failed(folder: Path, harm: Any, rule: str) -> None:

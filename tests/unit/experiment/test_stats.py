@@ -250,3 +250,25 @@ def test_a_request_that_failed_on_either_side_has_no_pair() -> None:
 def test_only_measured_requests_enter_statistics_and_failed_ones_are_among_them() -> None:
     failed = one(2, "measured", 2.0, 4.0, error="reset")
     assert stats.measured([LOAD[0], LOAD[1], failed, LOAD[3]]) == [LOAD[1], failed]
+
+
+def test_the_interval_of_a_ratio_of_pairs_is_that_of_students_t() -> None:
+    # Logarithms 0, 0.1, 0.2, 0.3: mean 0.15, standard error 0.0645497, t of 3 degrees of freedom 3.18245.
+    found = stats.ratio_of_pairs([1.0, np.exp(0.1), np.exp(0.2), np.exp(0.3)])
+    assert found.value == pytest.approx(np.exp(0.15))
+    assert (found.low, found.high) == pytest.approx((np.exp(0.15 - 0.205426), np.exp(0.15 + 0.205426)), rel=1e-5)
+    assert found.verdict == "no detectable difference"
+
+
+@pytest.mark.parametrize(
+    ("ratios", "verdict"), [([1.1, 1.11, 1.12], "faster"), ([0.9, 0.91, 0.92], "slower"), ([0.9, 1.1], "no detectable")]
+)
+def test_pairs_that_agree_have_a_verdict(ratios: list[float], verdict: str) -> None:
+    assert stats.ratio_of_pairs(ratios).verdict.startswith(verdict)
+
+
+@pytest.mark.parametrize("pairs", [2, 4, 8])
+def test_the_interval_of_few_pairs_holds_the_truth_in_95_of_100_experiments(pairs: int) -> None:
+    rng = np.random.default_rng(3)
+    found = [stats.ratio_of_pairs(list(0.97 * np.exp(rng.normal(0, 0.05, pairs)))) for _ in range(2000)]
+    assert 0.935 < np.mean([one.low <= 0.97 <= one.high for one in found if one.low and one.high]) < 0.965
