@@ -36,13 +36,13 @@ def _headline(levels: Sequence[JSON], valid: bool, partial: bool) -> str:
         return "No comparison: there is no level that both servers ran to its end."
     level = compared[-1]
     ratio = level["ratios"]["output_throughput"]
-    spread = (
-        f" ({min(ratio['repeats']):.2f} to {max(ratio['repeats']):.2f} in the repeats)" if ratio["repeats"][1:] else ""
-    )
+    interval = "" if ratio["low"] is None else f" (95 % interval {ratio['low']:.2f} to {ratio['high']:.2f})"
     sentence = (
-        f"At concurrency {level['concurrency']} vLLM made {ratio['value']:.2f} times{spread} "
+        f"At concurrency {level['concurrency']} vLLM made {ratio['value']:.2f} times{interval} "
         f"the output tokens per second of HF: {ratio['second']:,.0f} against {ratio['first']:,.0f}."
     )
+    if valid and interval and ratio["verdict"] == "no detectable difference":
+        sentence += " That is no detectable difference."
     if partial:
         sentence = f"Partial run. {sentence}"
     return sentence if valid else f"{sentence} The comparison is not valid: see which rule failed."
@@ -78,18 +78,19 @@ def _memory(results: Results, cells: Sequence[CellResult]) -> JSON:
 
 def _ratios(pairs: Sequence[tuple[CellResult, CellResult]], valid: bool) -> JSON:
     """How the second server compares with the first, over the repeats that both ran; above 1 it is better."""
-    ratios: JSON = {}
+    found: JSON = {}
     for metric in stats.LATENCIES:
         repeats = [stats.paired(stats.measured(a.records), stats.measured(b.records), metric) for a, b in pairs]
-        if ratio := stats.latency_ratio(repeats):
-            ratios[metric] = asdict(ratio) | ({} if valid else {"verdict": "invalid"})
+        found[metric] = {"repeats": [ratio for values in repeats if (ratio := stats.ratio_of_means(values))]}
     speeds = [(stats.output_throughput(a.records), stats.output_throughput(b.records)) for a, b in pairs]
     known = [(a, b) for a, b in speeds if a and b]
-    if known:
-        first, second = (sum(side) / len(known) for side in zip(*known, strict=True))
-        each = [b / a for a, b in known]
-        ratios["output_throughput"] = {"value": second / first, "first": first, "second": second, "repeats": each}
-    return ratios
+    first, second = (sum(side) / len(known) for side in zip(*known, strict=True)) if known else (None, None)
+    found["output_throughput"] = {"repeats": [b / a for a, b in known], "first": first, "second": second}
+    return {
+        metric: ratio | asdict(stats.ratio_of_pairs(ratio["repeats"])) | ({} if valid else {"verdict": "invalid"})
+        for metric, ratio in found.items()
+        if ratio["repeats"]
+    }
 
 
 def _cell_summary(cell: CellResult, results: Results) -> JSON:

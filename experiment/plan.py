@@ -42,9 +42,11 @@ class Plan(BaseSettings):
     concurrency: list[Annotated[int, Field(ge=1, le=4096)]] = Field(
         [1, 4, 16], min_length=1, description="levels: requests in flight, for example 1,4,16"
     )
-    requests_per_user: int = Field(6, ge=1, description="measured requests for each one in flight")
-    min_requests: int = Field(40, ge=2, description="measured requests in a cell, at least")
-    repeats: int = Field(2, ge=1, le=20, description="pairs of cells at each level, in A B B A order")
+    requests_per_user: int = Field(3, ge=1, description="measured requests for each one in flight")
+    min_requests: int = Field(20, ge=2, description="measured requests in a cell, at least")
+    repeats: int = Field(
+        4, ge=1, le=20, description="pairs of cells at each level, in A B B A order; a verdict needs two or more"
+    )
     workload: Literal["lognormal", "classic", "sharegpt", "alpaca"] = Field("lognormal", description="what is sent")
     input_mean: float = Field(64, ge=1, description="lognormal: mean prompt length in tokens")
     output_mean: float = Field(48, ge=1, description="lognormal: mean output length in tokens")

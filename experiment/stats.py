@@ -22,7 +22,6 @@ LATENCIES: dict[str, Callable[[Record], float | None]] = {
     "tpot_seconds": lambda record: record.tpot_seconds,
     "e2e_seconds": lambda record: record.e2e_seconds,
 }
-RESAMPLES = 2000
 
 
 @dataclass(frozen=True)
@@ -101,50 +100,29 @@ def paired(first: Sequence[Record], second: Sequence[Record], metric: str) -> Fl
     return np.array(pairs, dtype=np.float64).reshape(-1, 2)
 
 
-def latency_ratio(repeats: Sequence[Floats], seed: int = 0) -> Ratio | None:
-    """Mean latency of the first server over that of the second; above 1 the second is faster.
-
-    `repeats` holds the pairs of each repeat, shape (pairs, 2). The 95 % interval is the percentile bootstrap in two
-    levels (Davison and Hinkley, 1997, section 3.8): repeats are drawn, then pairs in each, because requests of one
-    repeat share the machine's mood. None for fewer than two pairs or where a server's latencies are all zero.
-    """
-    repeats = [pairs for pairs in repeats if len(pairs)]
-    if sum(map(len, repeats)) < 2 or not np.concatenate(repeats).mean(axis=0).all():
-        return None
-    rng = np.random.default_rng(seed)
-    ratios = [_mean_ratio([_resampled(repeats[i], rng) for i in drawn]) for drawn in _draws(len(repeats), rng)]
-    low, high = (float(bound) for bound in np.percentile(ratios, [2.5, 97.5]))
-    each = [_mean_ratio([pairs]) for pairs in repeats]
-    return Ratio(_mean_ratio(repeats), low, high, verdict(min(low, *each), max(high, *each)))
-
-
-def _draws(count: int, rng: np.random.Generator) -> NDArray[np.int64]:
-    return rng.integers(0, count, (RESAMPLES, count))
-
-
-def _resampled(pairs: Floats, rng: np.random.Generator) -> Floats:
-    return pairs[rng.integers(0, len(pairs), len(pairs))]
-
-
-def _mean_ratio(repeats: Sequence[Floats]) -> float:
-    first, second = np.concatenate(repeats).mean(axis=0)
-    return float(first / second) if second else float("inf")
+def ratio_of_means(pairs: Floats) -> float | None:
+    """Mean of the first server's values over that of the second, of pairs as `paired` gives; None where one is zero."""
+    first, second = pairs.mean(axis=0).tolist() if len(pairs) else (0.0, 0.0)
+    return first / second if first and second else None
 
 
 def ratio_of_pairs(ratios: Sequence[float]) -> Ratio:
-    """Geometric mean of the ratios of two or more pairs, with a 95 % interval: Student's t over their logarithms.
+    """Geometric mean of the ratios of pairs of runs, and where there are two its 95 % interval.
 
-    A bootstrap of so few values as pairs there are would be too narrow.
+    It is Student's, over the logarithms. What happens to a machine happens to all requests of a run, so these are not
+    as many observations; and a bootstrap of so few values as there are pairs would be too narrow.
     """
     logs = np.log(ratios)
-    middle, spread = logs.mean(), logs.std(ddof=1) / np.sqrt(len(logs))
-    reach = stdtrit(len(logs) - 1, 0.975) * spread
-    value, low, high = (float(np.exp(log)) for log in (middle, middle - reach, middle + reach))
+    value = float(np.exp(logs.mean()))
+    if len(logs) < 2:
+        return Ratio(value, None, None, "no detectable difference")
+    reach = stdtrit(len(logs) - 1, 0.975) * logs.std(ddof=1) / np.sqrt(len(logs))
+    low, high = (float(np.exp(logs.mean() + way * reach)) for way in (-1, 1))
     return Ratio(value, low, high, verdict(low, high))
 
 
 def verdict(low: float, high: float) -> Verdict:
-    """What an interval of a ratio, widened by the ratios of all repeats or not, says of the second server."""
+    """What an interval of a ratio says of the second server."""
     if low > 1:
         return "faster"
     return "slower" if high < 1 else "no detectable difference"

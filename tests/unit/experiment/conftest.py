@@ -2,14 +2,6 @@
 
 import pytest
 
-from experiment import stats
-
-
-@pytest.fixture(autouse=True)
-def few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
-    # These are enough to tell the verdicts of these tests apart.
-    monkeypatch.setattr(stats, "RESAMPLES", 100)
-
 
 @pytest.fixture
 def no_charts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from experiment.analysis import analyse
-from experiment.plan import Plan
+from experiment.plan import Cell, Plan
 from experiment.results import JSON, ResultError, load, write_tables
 from loadtest.keeper import summarize
 from loadtest.records import Record
@@ -91,12 +91,30 @@ def test_a_run_that_was_killed_is_partial(tmp_path: Path) -> None:
     assert load(make_folder(tmp_path, state="running")).partial
 
 
-def test_the_headline_shows_the_range_over_the_repeats(tmp_path: Path) -> None:
-    folder = make_folder(tmp_path, speed=lambda cell: 1.0 if cell.target == "hf" else 1.0 + cell.repeat)
-    headline = summary_of(folder)["headline"]
-    # 4 tokens/s of HF in both repeats, 8 and 12 of vLLM.
-    for part in ("At concurrency 2 ", "2.50 times", "2.00 to 3.00", "10 against 4"):
+@pytest.mark.parametrize(
+    ("growth", "parts"),
+    [
+        # 4 tokens/s of HF in both repeats, 12 and 12.4 of vLLM.
+        (0.1, ("At concurrency 2 ", "3.05 times (95 % interval 2.48 to 3.76)", "12 against 4.")),
+        # 8 and 16 of vLLM: two repeats that differ so much say nothing.
+        (2, ("2.83 times (95 % interval 0.03 to 231.22)", "12 against 4. That is no detectable difference.")),
+    ],
+)
+def test_the_headline_shows_the_interval_and_whether_it_says_anything(
+    tmp_path: Path, growth: float, parts: tuple[str, ...]
+) -> None:
+    def speed(cell: Cell) -> float:
+        return 1.0 if cell.target == "hf" else (3.0 if growth < 1 else 2.0) + growth * (cell.repeat - 1)
+
+    headline = summary_of(make_folder(tmp_path, speed=speed))["headline"]
+    for part in parts:
         assert part in headline
+    assert headline.endswith(parts[-1])
+
+
+def test_the_headline_of_one_repeat_has_no_interval(tmp_path: Path) -> None:
+    headline = summary_of(make_folder(tmp_path, make_plan(repeats=1)))["headline"]
+    assert "2.00 times the output tokens" in headline
 
 
 def test_the_headline_is_of_the_highest_level_that_both_ran(tmp_path: Path) -> None:
