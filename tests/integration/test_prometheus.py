@@ -33,11 +33,10 @@ RULES = [
 # Rules that say nothing of one or both servers here; all others must have a series for each.
 OF_GPUS = {"headroom:gpu_memory_used:ratio", "headroom:gpu_memory_used_max:ratio"}
 OF_NO_SERVER = {"headroom:monitor_cpu:ratio_rate1m"}
-OF_VLLM = {"headroom:vllm_kv_blocks", "headroom:vllm_kv_block_tokens", "headroom:preemptions:rate1m"}
+RECORDS = {rule["record"] for rule in RULES if "record" in rule}
+OF_VLLM = {"headroom:preemptions:rate1m", *(name for name in RECORDS if name.startswith("headroom:vllm_"))}
 OF_A_PREFIX_CACHE = {"headroom:prefix_cache_hit:ratio_rate1m"}  # off unless it is asked for
-BOTH = sorted(
-    {rule["record"] for rule in RULES if "record" in rule} - OF_GPUS - OF_NO_SERVER - OF_VLLM - OF_A_PREFIX_CACHE
-)
+BOTH = sorted(RECORDS - OF_GPUS - OF_NO_SERVER - OF_VLLM - OF_A_PREFIX_CACHE)
 
 
 def tool(name: str) -> str:
