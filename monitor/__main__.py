@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> int:
     except OSError as error:
         print(f"monitor: {refusal(error, settings)}", file=sys.stderr)
         return 1
-    go_first()
+    favour()
     serve(settings, listener)
     return 0
 
@@ -51,15 +51,14 @@ def complaint(problem: ErrorDetails) -> str:
     return f"--{option}: {problem['input']}: {problem['msg']}"
 
 
-def go_first() -> None:
-    """Ask Linux to run all our threads before other processes, where it may (root or CAP_SYS_NICE).
+def favour() -> None:
+    """Give the threads that answer requests a large share of a busy core, where Linux lets us (root or CAP_SYS_NICE).
 
-    Servers that spin while they wait, as vLLM's do, would else leave gaps of seconds in the samples of a machine with
-    few cores. What the samples miss shows in monitor_sample_lateness_seconds.
+    The samplers go first (see monitor.sampler), but wait for a thread that was put aside while it held the interpreter.
+    With real-time priority for all threads, a download of the timeline would keep the servers from a core.
     """
-    if hasattr(os, "sched_setscheduler"):
-        with suppress(PermissionError):
-            os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))
+    with suppress(PermissionError):
+        os.setpriority(os.PRIO_PROCESS, 0, -19)
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -1,23 +1,27 @@
 """The monitor's HTTP API: /timeline, /metrics and /health."""
 
 import asyncio
+import logging
 import re
 import time
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from aiohttp import web
 from multidict import MultiMapping
 from prometheus_client import CollectorRegistry
-from prometheus_client.aiohttp import make_aiohttp_handler
+from prometheus_client.exposition import choose_encoder
 
 from monitor.collector import TimelineCollector
 from monitor.gpus import Gpus
 from monitor.host import Host
-from monitor.sampler import Sampler
+from monitor.sampler import STALE_NS, Sampler
 from monitor.timeline import Timeline
 from monitor.window import stream
+
+log = logging.getLogger(__name__)
 
 ARROW_STREAM = "application/vnd.apache.arrow.stream"
 MAX_NS = 2**63 - 1
@@ -56,12 +60,11 @@ def make_app(monitor: Monitor) -> web.Application:
     """Build the app; sampling starts and ends with it."""
     app = web.Application()
     app[MONITOR] = monitor
-    app[COLLECTOR] = TimelineCollector(
-        monitor.timeline, monitor.host.source, lambda: monitor.gpus.found, monitor.registry
-    )
+    app[COLLECTOR] = TimelineCollector(monitor.timeline, monitor.host.source, monitor.gpus, monitor.registry)
     # One thread for all requests, so that however many come, the samplers share the interpreter with one.
     app[READER] = ThreadPoolExecutor(1, "timeline")
-    app.router.add_get("/timeline", timeline)
+    # A HEAD would make all of it, for nothing.
+    app.router.add_get("/timeline", timeline, allow_head=False)
     app.router.add_get("/health", health)
     app.router.add_get("/metrics", metrics)
     app.cleanup_ctx.append(sampling)
@@ -71,6 +74,11 @@ def make_app(monitor: Monitor) -> web.Application:
 async def sampling(app: web.Application) -> AsyncIterator[None]:
     """Sample while the app is up."""
     monitor = app[MONITOR]
+    if not monitor.host.processes.of_host:
+        log.warning(
+            "in a PID namespace of its own it sees only the processes in there: those of servers elsewhere are "
+            "missing, and what they have of a GPU is unattributed. Start it in the host's (`pid: host`)"
+        )
     for sampler in monitor.host.samplers:
         sampler.start()
     monitor.gpus.start()
@@ -89,9 +97,10 @@ async def timeline(request: web.Request) -> web.StreamResponse:
     response = web.StreamResponse(headers={"Content-Type": ARROW_STREAM})
     await response.prepare(request)
     loop = asyncio.get_running_loop()
-    while (piece := await loop.run_in_executor(request.app[READER], next, pieces, None)) is not None:
-        await response.write(piece)
-    await response.write_eof()
+    with suppress(ConnectionResetError):  # the reader has gone away
+        while (piece := await loop.run_in_executor(request.app[READER], next, pieces, None)) is not None:
+            await response.write(piece)
+        await response.write_eof()
     return response
 
 
@@ -110,28 +119,39 @@ def parse_window(query: MultiMapping[str]) -> Window:
     return Window(**given)
 
 
-async def metrics(request: web.Request) -> web.StreamResponse:
+async def metrics(request: web.Request) -> web.Response:
     """Answer a scrape, and keep how long that took for the next."""
     started = time.perf_counter()
-    response = await make_aiohttp_handler(request.app[MONITOR].registry)(request)
+    _take_no_parameters(request)
+    encode, content_type = choose_encoder(",".join(request.headers.getall("Accept", [])))
+    # In a thread, because it takes a millisecond or more, in which other requests would wait.
+    response = web.Response(
+        body=await asyncio.to_thread(encode, request.app[MONITOR].registry), headers={"Content-Type": content_type}
+    )
+    response.enable_compression()
     request.app[COLLECTOR].scrape_seconds = time.perf_counter() - started
     return response
 
 
 async def health(request: web.Request) -> web.Response:
-    """Answer whether samples are being taken, and of how many GPUs; 503 when a sampler has ended."""
-    for name, value in request.query.items():
-        raise _bad_request(name, value, "no parameter")
+    """Answer whether samples are being taken, of how many GPUs and of which processes; 503 when a sampler has ended."""
+    _take_no_parameters(request)
     monitor = request.app[MONITOR]
     alive = all(sampler.alive() for sampler in monitor.samplers())
     report = {
         "status": "ok" if alive else "a sampler has ended",
-        "gpus": len(monitor.gpus.found),
+        "gpus": len(monitor.gpus.identities()),
         "gpu_reason": monitor.gpus.reason,
         "hz": monitor.hz,
-        "series_left_out": sum(len(ring.left_out) for ring in monitor.timeline.rings.values()),
+        "pid_namespace": "host" if monitor.host.processes.of_host else "own",
+        "series_left_out": monitor.timeline.left_out(time.monotonic_ns() - STALE_NS),
     }
     return web.json_response(report, status=200 if alive else 503)
+
+
+def _take_no_parameters(request: web.Request) -> None:
+    for name, value in request.query.items():
+        raise _bad_request(name, value, "no parameter")
 
 
 def _bad_request(name: str, value: str, allowed: str) -> web.HTTPBadRequest:

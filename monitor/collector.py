@@ -1,21 +1,22 @@
-"""The newest readings as Prometheus metrics."""
+"""The newest readings, and what is known of the GPUs and of the monitor itself, as Prometheus metrics."""
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
 from prometheus_client.registry import Collector, CollectorRegistry
 
-from monitor.gpu import Gpu
+from monitor.gpus import Gpus
 from monitor.sampler import SECOND, STALE_NS, Source
 from monitor.timeline import Readings, Series, Timeline
 
-PEAK_NS = 60 * SECOND
+# Twice the longest interval between two scrapes that makes sense, so that each maximum is seen by one of them.
+PEAK_NS = 120 * SECOND
 
+NONE: tuple[str, ...] = ()
 SERVER, GPU, SOURCE = ("server",), ("gpu",), ("source",)
-GPU_DETAIL = ("gpu", "detail")
-# Help and labels of each metric; `source` is the detail of a series.
+# Help and labels of each metric. A label other than server and gpu has the detail of a series.
 METRICS = {
     "host_rss_bytes": ("Resident memory of the server's processes", SERVER),
     "host_pss_bytes": ("Memory of the server's processes, shared pages divided by their users", SERVER),
@@ -25,58 +26,69 @@ METRICS = {
     "host_threads": ("Threads of the server's processes", SERVER),
     "host_open_files": ("Open files of the server's processes", SERVER),
     "gpu_memory_used_bytes": ("Device memory in use, without the driver's reserve", GPU),
+    "gpu_memory_used_max_bytes": ("Most device memory in use in the last 120 seconds", GPU),
     "gpu_memory_free_bytes": ("Device memory free", GPU),
     "gpu_memory_reserved_bytes": ("Device memory reserved by the driver", GPU),
     "gpu_memory_total_bytes": ("Device memory", GPU),
     "gpu_process_memory_bytes": ("Device memory in use by the server's processes", ("gpu", "server")),
+    "gpu_process_memory_max_bytes": ("Most device memory of the server in the last 120 seconds", ("gpu", "server")),
     "gpu_utilization_ratio": ("Share of time in which a kernel ran", GPU),
     "gpu_power_watts": ("Power drawn", GPU),
     "gpu_temperature_celsius": ("Temperature of the GPU", GPU),
-    "gpu_clock_hertz": ("Clock of the multiprocessors (sm) or of the memory", GPU_DETAIL),
-    "gpu_throttled": ("Whether the reason holds the clocks down, 0 or 1", GPU_DETAIL),
+    "gpu_clock_hertz": ("Clock of the multiprocessors (sm) or of the memory", ("gpu", "clock")),
+    "gpu_throttled_seconds_total": ("Time in which the reason held the clocks down", ("gpu", "reason")),
     "gpu_energy_joules_total": ("Energy used since the driver was loaded", GPU),
-    "gpu_pcie_bytes_per_second": ("PCIe throughput, sent (tx) and received (rx)", GPU_DETAIL),
-    "gpu_nvlink_bytes_total": ("Data over all NVLinks, sent (tx) and received (rx)", GPU_DETAIL),
-    "gpu_ecc_errors_total": ("Memory errors since the driver was loaded", GPU_DETAIL),
-    "gpu_xid_errors_total": ("XID errors by code, since the monitor was started", GPU_DETAIL),
-    "monitor_cpu_seconds_total": ("CPU time of the monitor, all threads", ()),
+    "gpu_pcie_bytes_per_second": ("PCIe throughput, sent (tx) and received (rx)", ("gpu", "direction")),
+    "gpu_nvlink_bytes_total": ("Data over all NVLinks, sent (tx) and received (rx)", ("gpu", "direction")),
+    "gpu_ecc_errors_total": ("Memory errors since the driver was loaded", ("gpu", "type")),
+    "gpu_xid_errors_total": ("XID errors by code, since the monitor was started", ("gpu", "xid")),
+    "gpu_xid_last_timestamp_seconds": ("Wall time of the last XID error of the code", ("gpu", "xid")),
+    "monitor_up": ("Whether the source was read well in the last seconds, 0 or 1", SOURCE),
+    "monitor_last_success_timestamp_seconds": ("Wall time when the source was last read well", SOURCE),
+    "monitor_samples_total": ("Samples taken", SOURCE),
+    "monitor_samples_missed_total": ("Samples not taken because one before was late or took too long", SOURCE),
+    "monitor_sample_rate_hertz": ("Samples a second that were taken in the last second or two", SOURCE),
+    "monitor_sample_rate_wanted_hertz": ("Samples a second that were asked for", SOURCE),
+    "monitor_sample_lateness_seconds": ("How late the last sample began", SOURCE),
+    "monitor_sample_lateness_max_seconds": ("How late a sample began at most in the last 120 seconds", SOURCE),
+    "monitor_source_cpu_seconds_total": ("CPU time of the source's threads", SOURCE),
+    "monitor_cpu_seconds_total": ("CPU time of the monitor, all threads", NONE),
+    "monitor_nvml_errors_total": ("NVML calls that failed, those of no GPU under an empty name", ("gpu", "call")),
+    "monitor_series_left_out": ("Series that find no room in the timeline, as of too many servers", NONE),
+    "monitor_scrape_duration_seconds": ("How long the last scrape took to answer", NONE),
 }
-# What the largest value in the last 60 seconds is told of, from all samples.
+# What the largest value in the window is told of, from all samples.
 PEAKS = {
     "gpu_memory_used_bytes": "gpu_memory_used_max_bytes",
     "gpu_process_memory_bytes": "gpu_process_memory_max_bytes",
     "monitor_sample_lateness_seconds": "monitor_sample_lateness_max_seconds",
 }
-PEAK_METRICS = {
-    "gpu_memory_used_max_bytes": ("Most device memory in use in the last 60 seconds", GPU),
-    "gpu_process_memory_max_bytes": ("Most device memory of the server in the last 60 seconds", ("gpu", "server")),
-    "monitor_sample_lateness_max_seconds": ("How late a sample began at most in the last 60 seconds", SOURCE),
+# Told by the source, and so not from the timeline.
+STATES: dict[str, Callable[[Source, int], float | None]] = {
+    "monitor_up": lambda source, now_ns: source.up(now_ns),
+    "monitor_last_success_timestamp_seconds": lambda source, _: _seconds(source.success_wall_ns),
+    "monitor_samples_total": lambda source, _: source.samples,
+    "monitor_samples_missed_total": lambda source, _: source.missed,
+    "monitor_sample_rate_hertz": lambda source, _: source.hz,
+    "monitor_sample_rate_wanted_hertz": lambda source, _: source.wanted_hz,
+    "monitor_sample_lateness_seconds": lambda source, _: source.lateness,
+    "monitor_source_cpu_seconds_total": lambda source, _: source.cpu_seconds,
 }
-# By source.
-STATES: dict[str, tuple[str, Callable[[Source, int], float | None]]] = {
-    "monitor_up": ("Whether the source was read well in the last seconds, 0 or 1", lambda s, now: float(s.up(now))),
-    "monitor_last_success_timestamp_seconds": (
-        "Wall time when the source was last read well",
-        lambda s, now: None if s.main.success_ns is None else time.time() - (now - s.main.success_ns) / SECOND,
-    ),
-    "monitor_sample_rate_hertz": ("Samples a second that are taken now", lambda s, _: s.main.hz),
-    "monitor_sample_rate_wanted_hertz": ("Samples a second that were asked for", lambda s, _: s.main.wanted_hz),
-    "monitor_sample_lateness_seconds": ("How late the last sample began", lambda s, _: s.main.lateness),
-    "monitor_source_cpu_seconds_total": ("CPU time of the source's threads", lambda s, _: s.cpu_seconds),
-}
+# By metric and the values of its labels.
+Values = defaultdict[str, dict[tuple[str, ...], float]]
 
 
 class TimelineCollector(Collector):
     """Answers a scrape from the newest ticks and from what the samplers know of themselves; reads no hardware.
 
-    What is older than 5 seconds is absent.
+    Ticks older than 5 seconds are absent; window maxima go back 120 seconds, counters to the start.
     """
 
     def __init__(
         self,
         timeline: Timeline,
         host: Source,
-        gpus: Callable[[], Mapping[str, Gpu]],
+        gpus: Gpus,
         registry: CollectorRegistry,
         clock: Callable[[], int] = time.monotonic_ns,
     ) -> None:
@@ -89,76 +101,66 @@ class TimelineCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """Yield a family per metric; a metric that nothing was read of has no samples."""
-        now_ns, gpus = self._clock(), list(self._gpus().values())
+        values: Values = defaultdict(dict)
+        now_ns = self._clock()
+        self._add_timeline(values, now_ns)
+        self._add_gpus(values)
+        self._add_monitor(values, now_ns)
+        for name, (text, labels) in METRICS.items():
+            kind = CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
+            family = kind(f"headroom_{name}", text, labels=labels)
+            for of, value in values[name].items():
+                family.add_metric(of, value)
+            yield family
+        yield self._identities()
+
+    def _add_timeline(self, values: Values, now_ns: int) -> None:
         latest: Readings = {}
-        peaks: Readings = {}
         for ring in self._timeline.rings.values():
             latest |= ring.latest(now_ns - STALE_NS)
-            # Also when the newest row has no value: a spike just before the end is what is looked for.
-            if any(series.metric in PEAKS for series in ring.columns.copy()):
-                peaks |= ring.peaks(now_ns - PEAK_NS)
-        yield from _families(latest, METRICS)
-        largest = {series._replace(metric=PEAKS[series.metric]): peaks[series] for series in peaks if _peaks(series)}
-        yield from _families(largest, PEAK_METRICS)
-        yield from _states([self._host, *(gpu.source for gpu in gpus)], now_ns)
-        yield from self._scrape()
-        yield _errors(gpus)
-        yield _identities(gpus)
+            # By the columns, because a spike just before the end of a series is what is looked for.
+            if any(series.metric in PEAKS for series in ring.columns):
+                peaks = ring.peaks(now_ns - PEAK_NS).items()
+                latest |= {
+                    series._replace(metric=PEAKS[series.metric]): value
+                    for series, value in peaks
+                    if series.metric in PEAKS
+                }
+        for series, value in latest.items():
+            if series.metric in METRICS:
+                values[series.metric][_labels(series)] = value
 
-    def _scrape(self) -> Iterator[Metric]:
-        family = _family("monitor_scrape_duration_seconds", "How long the last scrape took to answer", ())
+    def _add_gpus(self, values: Values) -> None:
+        # From what was counted, not from the timeline, which forgets: they stay when the GPU is lost.
+        for gpu_reason, seconds in self._gpus.throttled().items():
+            values["gpu_throttled_seconds_total"][gpu_reason] = seconds
+        for (gpu, code), xid in self._gpus.xids().items():
+            values["gpu_xid_errors_total"][gpu, str(code)] = xid.count
+            values["gpu_xid_last_timestamp_seconds"][gpu, str(code)] = xid.last_wall_ns / SECOND
+        for gpu_call, count in self._gpus.errors().items():
+            values["monitor_nvml_errors_total"][gpu_call] = count
+
+    def _add_monitor(self, values: Values, now_ns: int) -> None:
+        for source in [self._host, *self._gpus.sources()]:
+            for name, state in STATES.items():
+                value = state(source, now_ns)
+                if value is not None:
+                    values[name][source.name,] = value
+        values["monitor_series_left_out"][()] = self._timeline.left_out(now_ns - STALE_NS)
         if self.scrape_seconds is not None:
-            family.add_metric((), self.scrape_seconds)
-        yield family
+            values["monitor_scrape_duration_seconds"][()] = self.scrape_seconds
+
+    def _identities(self) -> Metric:
+        family = InfoMetricFamily("headroom_gpu", "Identity of the GPU or MIG device", labels=GPU)
+        for device in self._gpus.identities():
+            family.add_metric((device.gpu,), {"uuid": device.uuid, "name": device.name, "driver": device.driver})
+        return family
 
 
-def _peaks(series: Series) -> bool:
-    return series.metric in PEAKS
+def _labels(series: Series) -> tuple[str, ...]:
+    _, labels = METRICS[series.metric]
+    return tuple(getattr(series, label if label in ("server", "gpu") else "detail") or "" for label in labels)
 
 
-def _families(readings: Readings, metrics: Mapping[str, tuple[str, tuple[str, ...]]]) -> Iterator[Metric]:
-    values: defaultdict[str, list[tuple[Series, float]]] = defaultdict(list)
-    for series, value in readings.items():
-        values[series.metric].append((series, value))
-    for name, (text, labels) in metrics.items():
-        family = _family(name, text, labels)
-        for series, value in values[name]:
-            family.add_metric([_label(series, label) for label in labels], value)
-        yield family
-
-
-def _states(sources: Sequence[Source], now_ns: int) -> Iterator[Metric]:
-    for name, (text, state) in STATES.items():
-        family = _family(name, text, SOURCE)
-        for source in sources:
-            value = state(source, now_ns)
-            if value is not None:
-                family.add_metric((source.name,), value)
-        yield family
-
-
-def _errors(gpus: Sequence[Gpu]) -> Metric:
-    family = _family("monitor_nvml_errors_total", "NVML calls that failed", ("gpu", "call"))
-    for gpu in gpus:
-        for call, count in gpu.errors.copy().items():
-            family.add_metric((gpu.gpu, call), count)
-    return family
-
-
-def _identities(gpus: Sequence[Gpu]) -> Metric:
-    family = InfoMetricFamily("headroom_gpu", "Identity of the GPU or MIG device", labels=GPU)
-    for gpu in gpus:
-        identity = gpu.identity
-        family.add_metric((gpu.gpu,), {"uuid": identity.uuid, "name": identity.name, "driver": identity.driver})
-    return family
-
-
-def _family(name: str, text: str, labels: Sequence[str]) -> CounterMetricFamily | GaugeMetricFamily:
-    kind = CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
-    return kind(f"headroom_{name}", text, labels=labels)
-
-
-def _label(series: Series, label: str) -> str:
-    # The source is the detail of a series of the monitor itself.
-    value = getattr(series, "detail" if label == "source" else label)
-    return value or ""
+def _seconds(wall_ns: int | None) -> float | None:
+    return None if wall_ns is None else wall_ns / SECOND

@@ -19,6 +19,7 @@ class Host:
 
     source: Source
     samplers: list[Sampler]
+    processes: Processes
 
 
 def make_host(timeline: Timeline, processes: Processes, rates: Rates) -> Host:
@@ -27,8 +28,8 @@ def make_host(timeline: Timeline, processes: Processes, rates: Rates) -> Host:
     # Five metrics of each server and our lateness; two of each and our CPU.
     often = timeline.ring("host", rates.seconds * hz, 5 * MAX_SERVERS + 1)
     seldom = timeline.ring("host-details", rates.seconds * DETAILS_HZ, 2 * MAX_SERVERS + 1)
-    often.column(LATENESS)
-    seldom.column(CPU)
+    often.keep(LATENESS)
+    seldom.keep(CPU)
 
     def read(lateness: float) -> bool:
         often.append(processes.read() | {LATENESS: lateness})
@@ -38,10 +39,11 @@ def make_host(timeline: Timeline, processes: Processes, rates: Rates) -> Host:
         seldom.append(processes.read_details() | {CPU: time.process_time()})
         return True
 
-    source = Source("host", Schedule(hz, read), (Schedule(DETAILS_HZ, read_details),))
+    main = Schedule(hz, read)
     samplers = [
-        Sampler("host", source.main.steps()),
-        Sampler("host-details", source.others[0].steps()),
-        Sampler("host-shared", processes.read_shared(rates.max_cpu)),
+        Sampler("host", main.steps()),
+        Sampler("host-details", Schedule(DETAILS_HZ, read_details).steps()),
+        # The dearest reading: a quarter of what all sampling may take.
+        Sampler("host-shared", processes.read_shared(rates.max_cpu / 4)),
     ]
-    return Host(source, samplers)
+    return Host(Source("host", main, samplers), samplers, processes)

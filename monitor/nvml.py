@@ -1,7 +1,8 @@
 """What NVML can tell of a device: each call, as values in base units.
 
 Source: https://docs.nvidia.com/deploy/nvml-api/. The calls are in three tiers: memory and processes take microseconds
-and change at once; what `SLOW` reads changes slowly inside the driver; what `DEAR` reads blocks for up to 21 ms.
+and change at once; `SLOW` is what the driver itself averages (utilization over 1/6 to 1 s, power over 1 s since Ampere,
+GA100 apart), the temperature, and what is cheap beside these; what `DEAR` reads blocks for up to 21 ms.
 """
 
 import struct
@@ -9,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from ctypes import byref, c_char, c_uint, sizeof
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import pynvml
@@ -22,10 +24,13 @@ LOST = {
     pynvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH,
     pynvml.NVML_ERROR_GPU_NOT_FOUND,
 }
+# The device or the driver is of a kind that has no answer, for now: NVLink is supported once its fabric is up.
 UNSUPPORTED = {
     pynvml.NVML_ERROR_NOT_SUPPORTED,
     pynvml.NVML_ERROR_FUNCTION_NOT_FOUND,
     pynvml.NVML_ERROR_VGPU_ECC_NOT_SUPPORTED,
+    pynvml.NVML_ERROR_ARGUMENT_VERSION_MISMATCH,
+    pynvml.NVML_ERROR_DEPRECATED,
 }
 # Of the reasons for clocks below their maximum, those that hold up work; to be idle, or set so, does not.
 THROTTLING = {
@@ -36,7 +41,6 @@ THROTTLING = {
     "hw_thermal_slowdown": pynvml.nvmlClocksEventReasonHwThermalSlowdown,
     "hw_power_brake_slowdown": pynvml.nvmlClocksEventReasonHwPowerBrakeSlowdown,
 }
-MAX_EVENTS = 64
 
 # By metric and detail.
 Values = dict[tuple[str, str | None], float]
@@ -49,14 +53,18 @@ class Reader:
     nvidia-ml-py allocates for each answer, and asks for the list of processes twice.
     """
 
+    # c_nvmlMemory_v2_t: version, then total, reserved, free and used.
+    MEMORY = struct.Struct("8x4Q")
     # c_nvmlProcessInfo_v3_t: pid, usedGpuMemory, gpuInstanceId, computeInstanceId.
     PROCESS = struct.Struct("I4xQII")
 
     def __init__(self, handle: Any) -> None:
         self._handle = handle
-        self._memory = pynvml.c_nvmlMemory_v2_t()
-        self._memory.version = pynvml.nvmlMemory_v2
-        self._memory_at = byref(self._memory)
+        answer = bytearray(sizeof(pynvml.c_nvmlMemory_v2_t))
+        struct.pack_into("I", answer, 0, pynvml.nvmlMemory_v2)
+        self._memory = memoryview(answer)
+        self._memory_at = (c_char * len(answer)).from_buffer(answer)
+        self._unpack = self.MEMORY.unpack_from
         self._get_memory = _function("nvmlDeviceGetMemoryInfo_v2")
         self._get_processes = _function("nvmlDeviceGetComputeRunningProcesses_v3")
         self._count = c_uint()
@@ -64,11 +72,10 @@ class Reader:
         self._make_room(64)
 
     def memory(self) -> Memory:
-        """Answer used (without the driver's reserve), free, reserved and total bytes; raises NVMLError."""
+        """Answer total, reserved, free and used bytes, the last without the driver's reserve; raises NVMLError."""
         if error := self._get_memory(self._handle, self._memory_at):
             raise pynvml.NVMLError(error)
-        memory = self._memory
-        return memory.used, memory.free, memory.reserved, memory.total
+        return self._unpack(self._memory)
 
     def processes(self) -> Iterator[tuple[int, int, int, int]]:
         """Answer the fields of PROCESS for each process that computes on the device; raises NVMLError."""
@@ -89,11 +96,16 @@ class Reader:
 
 
 def _function(name: str) -> Callable[..., int]:
-    try:
-        found: Callable[..., int] = getattr(pynvml.nvmlLib, name)
-    except AttributeError:
+    if not _has(name):
         return lambda *_: int(pynvml.NVML_ERROR_FUNCTION_NOT_FOUND)
+    found: Callable[..., int] = getattr(pynvml.nvmlLib, name)
     return found
+
+
+@cache
+def _has(name: str) -> bool:
+    """Tell whether the driver has a function: it is the same as long as the monitor runs, and a miss is dear."""
+    return hasattr(pynvml.nvmlLib, name)
 
 
 @dataclass
@@ -101,6 +113,7 @@ class Device:
     """A GPU or a MIG device as NVML was opened; what is known of its calls holds until NVML is opened anew.
 
     `tiers` names what is sampled of it: the memory of a GPU that is split into MIG devices belongs to those.
+    `unsupported` and `failing` say of a call since when (CLOCK_MONOTONIC, ns).
     """
 
     gpu: str
@@ -109,39 +122,67 @@ class Device:
     driver: str
     handle: Any
     tiers: frozenset[str]
-    unsupported: set[str] = field(default_factory=set)
-    failing: set[str] = field(default_factory=set)
-    events: Any = None
+    unsupported: dict[str, int] = field(default_factory=dict)
+    failing: dict[str, int] = field(default_factory=dict)
     nvlink_kib: dict[tuple[str, int], int] = field(default_factory=dict)
+
+    @property
+    def card(self) -> bool:
+        """Whether this is a whole GPU, MIG devices or not."""
+        return "dear" in self.tiers
+
+    @property
+    def parent(self) -> str | None:
+        """The GPU that a MIG device is a part of."""
+        return None if self.card else self.gpu.partition("/")[0]
+
+    @property
+    def split(self) -> bool:
+        """Whether this is a GPU that is split into MIG devices."""
+        return self.card and "fast" not in self.tiers
 
 
 @dataclass(frozen=True)
 class Found:
-    """The devices found, why there are none or not all, and whether it can help to look again."""
+    """The GPUs found, why there are none or not all, and whether the driver answered and listed all it has.
+
+    `driver` is false on a machine without the driver's library.
+    """
 
     devices: list[Device]
     reason: str | None = None
-    again: bool = False
+    complete: bool = False
+    driver: bool = True
 
 
-def open_nvml() -> Found:
-    """Open NVML and find every device; on a machine without a GPU or driver there are none, and a reason."""
+def open_nvml(errors: Counter[str]) -> Found:
+    """Open NVML and find every GPU; on a machine without a GPU or driver there are none, and a reason.
+
+    Errors of `init`, `count` and `handle` are counted.
+    """
+    call = "init"
     try:
         pynvml.nvmlInit()
+        call = "count"
         driver = pynvml.nvmlSystemGetDriverVersion()
         count = pynvml.nvmlDeviceGetCount()
     except pynvml.NVMLError_LibraryNotFound:
-        return Found([], "the NVIDIA driver's libnvidia-ml.so.1 is not installed")
+        return Found([], "the NVIDIA driver's libnvidia-ml.so.1 is not installed", driver=False)
     except pynvml.NVMLError as error:
-        return Found([], f"NVML says: {error}", again=True)
+        errors[call] += 1
+        return Found([], f"NVML says: {error}")
     devices: list[Device] = []
-    reasons: list[str] = [] if count else ["the NVIDIA driver lists none"]
+    reasons: list[str] = []
     for index in range(count):
         try:
-            devices += _open(index, driver)
+            devices.append(_open(index, driver))
         except pynvml.NVMLError as error:
+            errors["handle"] += 1
             reasons.append(f"GPU {index}: NVML says: {error}")
-    return Found(devices, "; ".join(reasons) or None, again=bool(reasons))
+    complete = not reasons
+    if not count:
+        reasons = ["the NVIDIA driver lists none"]
+    return Found(devices, "; ".join(reasons) or None, complete)
 
 
 def close_nvml() -> None:
@@ -153,29 +194,35 @@ def close_nvml() -> None:
         return
 
 
-def _open(index: int, driver: str) -> Iterator[Device]:
+def mig_devices(card: Device) -> list[Device]:
+    """List the MIG devices of a GPU that is split, while NVML is open; raises NVMLError."""
+    return [
+        _device(f"{card.gpu}/{number}", part, card.driver, frozenset({"fast"}))
+        for number, part in _mig_handles(card.handle)
+    ]
+
+
+def _open(index: int, driver: str) -> Device:
     handle = pynvml.nvmlDeviceGetHandleByIndex(index)
-    parts = list(_mig_handles(handle))
-    tiers = frozenset({"slow", "dear"} if parts else {"fast", "slow", "dear"})
-    yield _device(str(index), handle, driver, tiers)
-    for number, part in parts:
-        yield _device(f"{index}/{number}", part, driver, frozenset({"fast"}))
+    tiers = frozenset({"slow", "dear"} if _is_split(handle) else {"fast", "slow", "dear"})
+    return _device(str(index), handle, driver, tiers)
 
 
 def _device(gpu: str, handle: Any, driver: str, tiers: frozenset[str]) -> Device:
     return Device(gpu, pynvml.nvmlDeviceGetUUID(handle), pynvml.nvmlDeviceGetName(handle), driver, handle, tiers)
 
 
-def _mig_handles(handle: Any) -> Iterator[tuple[int, Any]]:
+def _is_split(handle: Any) -> bool:
     try:
-        if pynvml.nvmlDeviceGetMigMode(handle)[0] != pynvml.NVML_DEVICE_MIG_ENABLE:
-            return
-        most = pynvml.nvmlDeviceGetMaxMigDeviceCount(handle)
+        return bool(pynvml.nvmlDeviceGetMigMode(handle)[0] == pynvml.NVML_DEVICE_MIG_ENABLE)
     except pynvml.NVMLError as error:
         if error.value in LOST:
             raise
-        return
-    for number in range(most):
+        return False
+
+
+def _mig_handles(handle: Any) -> Iterator[tuple[int, Any]]:
+    for number in range(pynvml.nvmlDeviceGetMaxMigDeviceCount(handle)):
         try:
             yield number, pynvml.nvmlDeviceGetMigDeviceHandleByIndex(handle, number)
         except pynvml.NVMLError_NotFound:
@@ -191,12 +238,10 @@ def _power(device: Device) -> Values:
 
 
 def _temperature(device: Device) -> Values:
-    try:
-        celsius = pynvml.nvmlDeviceGetTemperatureV(device.handle, pynvml.NVML_TEMPERATURE_GPU)
-    except pynvml.NVMLError_FunctionNotFound:
-        # Drivers of before 2025.
-        celsius = pynvml.nvmlDeviceGetTemperature(device.handle, pynvml.NVML_TEMPERATURE_GPU)
-    return {("gpu_temperature_celsius", None): celsius}
+    # Drivers of before 2025 have the second only.
+    new = _has("nvmlDeviceGetTemperatureV")
+    read = pynvml.nvmlDeviceGetTemperatureV if new else pynvml.nvmlDeviceGetTemperature
+    return {("gpu_temperature_celsius", None): read(device.handle, pynvml.NVML_TEMPERATURE_GPU)}
 
 
 def _clocks(device: Device) -> Values:
@@ -208,11 +253,11 @@ def _clocks(device: Device) -> Values:
 
 
 def _throttling(device: Device) -> Values:
-    try:
-        reasons = pynvml.nvmlDeviceGetCurrentClocksEventReasons(device.handle)
-    except pynvml.NVMLError_FunctionNotFound:
-        # Drivers of before 2023.
-        reasons = pynvml.nvmlDeviceGetCurrentClocksThrottleReasons(device.handle)
+    # Drivers of before 2023 have the second only.
+    new = _has("nvmlDeviceGetCurrentClocksEventReasons")
+    reasons = (
+        pynvml.nvmlDeviceGetCurrentClocksEventReasons if new else pynvml.nvmlDeviceGetCurrentClocksThrottleReasons
+    )(device.handle)
     return {("gpu_throttled", detail): float(bool(reasons & bit)) for detail, bit in THROTTLING.items()}
 
 
@@ -263,25 +308,6 @@ def _ecc(device: Device) -> Values:
         )
         for detail, kind in kinds.items()
     }
-
-
-def count_xids(device: Device, counts: Counter[int]) -> Values:
-    """Count the XID errors that came since the last call into `counts`; answer those of all codes so far."""
-    if device.events is None:
-        events = pynvml.nvmlEventSetCreate()
-        try:
-            pynvml.nvmlDeviceRegisterEvents(device.handle, pynvml.nvmlEventTypeXidCriticalError, events)
-        except pynvml.NVMLError:
-            pynvml.nvmlEventSetFree(events)
-            raise
-        device.events = events
-    try:
-        for _ in range(MAX_EVENTS):
-            counts[pynvml.nvmlEventSetWait(device.events, 0).eventData] += 1
-    except pynvml.NVMLError_Timeout:
-        # No more for now.
-        pass
-    return {("gpu_xid_errors_total", str(code)): count for code, count in counts.items()}
 
 
 Call = Callable[[Device], Values]

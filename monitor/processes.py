@@ -5,138 +5,156 @@ Source: proc(5). To read smaps_rollup the kernel walks the process's page tables
 """
 
 import os
-import re
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass
 
+from monitor import procfs
 from monitor.timeline import Clock, Readings, Series, now
 
-PROC = Path("/proc")
-CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
-PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 # Less than a second by two samples at 10 Hz, so that a new process is in the readings within a second.
 SCAN_EVERY_NS = 800_000_000
+# The environment of a process is read in each scan while it is young, and then in one of so many (every 30 s).
+YOUNG_SECONDS, SCANS_A_ROUND = 10, 37
 # Seconds between readings of shared memory, however cheap they are.
 LEAST_WAIT = 0.1
 # More ancestors than any process has that is not a fork bomb.
 MAX_ANCESTORS = 64
 
 
-@dataclass(frozen=True, slots=True)
-class Stat:
-    """What /proc/PID/stat says; `started` (clock ticks since boot) tells a process from a later one with its pid."""
-
-    parent: int
-    cpu_seconds: float
-    threads: int
-    started: int
-
-
 @dataclass(slots=True)
-class Shared:
-    """RSS - PSS of a process (bytes), None if it was refused or never read, and when that was last tried (ns)."""
+class Process:
+    """A process that a scan has seen.
 
-    time_ns: int = -1
-    size: int | None = None
+    `inode` is that of /proc/PID, which is new when another process gets the pid: it tells that this is still the same
+    one without asking for its start. `server` is empty for a process of none. CPU seconds are those that were counted
+    for a server so far. `shared_bytes` is RSS - PSS, None if it was refused or never read; that was last tried at
+    `shared_ns`.
+    """
 
-
-@dataclass(frozen=True, slots=True)
-class Member:
-    """A process of a server, with the CPU seconds it had used when last seen and its shared memory when last read."""
-
-    server: str
+    inode: int
+    parent: int
     started: int
-    cpu_seconds: float
-    shared: Shared = field(default_factory=Shared)
+    server: str = ""
+    cpu_seconds: float = 0.0
+    shared_ns: int = -1
+    shared_bytes: int | None = None
 
 
 class Processes:
     """The processes of all servers: found by their environment, followed until they exit.
 
-    `generation` grows whenever what `server_of` has answered may no longer hold.
+    A process belongs to the server that its environment names, else to that of its parent. It stays with it when the
+    name disappears, because a process that sets its own title (vLLM's do) overwrites a part of its environment. One
+    that goes on as another program (exec) under a new name changes its server: within a scan in its first seconds, as
+    a process that was just forked does, and within half a minute later in its life.
+
+    `generation` grows whenever what `server_of` has answered may no longer hold. `of_host` tells whether the pids here
+    are those of the host, as NVML's may be; if not, a process gets memory of a GPU only if it has one open.
     """
 
     def __init__(self, clock: Clock = now) -> None:
+        self.generation = 0
+        self.of_host = procfs.in_host_namespace()
         self._clock = clock
         self._next_scan_ns = 0
-        self._members: dict[int, Member] = {}
-        self._exited_cpu: defaultdict[str, float] = defaultdict(float)
+        self._scans = 0
+        self._seen: dict[int, Process] = {}
+        self._members: dict[int, Process] = {}
+        self._cpu_seconds: defaultdict[str, float] = defaultdict(float)
         # Processes that were asked for before a scan saw them, with their start; None stands for no process at all.
-        self._asked: dict[int, tuple[str | None, int | None]] = {}
-        self.generation = 0
+        self._asked: dict[int, tuple[str, int | None]] = {}
 
     def servers(self) -> dict[int, str]:
         """Answer the server of each known pid; safe to call from any thread."""
-        return {pid: member.server for pid, member in self._members.items()}
+        return {pid: process.server for pid, process in self._members.items()}
 
     def server_of(self, pid: int) -> str | None:
-        """Answer the server of a process, which is looked up at once when no scan has seen it; from any thread."""
-        if member := self._members.get(pid):
-            return member.server
+        """Answer the server of a process that NVML names, looked up at once when no scan has seen it; from any thread.
+
+        Older drivers name pids of the host, which in a PID namespace of our own are no process or another one; later
+        ones name those of the namespace (os_find_ns_pid in NVIDIA/open-gpu-kernel-modules). What uses a GPU has a file
+        of the driver open.
+        """
+        member = self._members.get(pid)
+        server = member.server if member else self._looked_up(pid)
+        return server if server and (self.of_host or procfs.has_gpu_open(pid)) else None
+
+    def _looked_up(self, pid: int) -> str:
         asked = self._asked.get(pid)
         if asked is None:
-            stat = _stat(pid)
+            stat = procfs.stat_or_none(pid)
             asked = self._asked[pid] = (self._inherited(pid, stat), stat.started if stat else None)
         return asked[0]
 
-    def _inherited(self, pid: int, stat: Stat | None) -> str | None:
+    def _inherited(self, pid: int, stat: procfs.Stat | None) -> str:
         """Look for a server in the environment of a process, else of its parent, and so on."""
         for _ in range(MAX_ANCESTORS):
-            if name := _server_named(_read(pid, "environ") or b""):
+            if name := procfs.server_named(pid):
                 return name
             member = self._members.get(pid)
             if member and stat and member.started == stat.started:
                 return member.server
             if stat is None or not stat.parent:
-                return None
-            pid, stat = stat.parent, _stat(stat.parent)
-        return None
+                return ""
+            pid, stat = stat.parent, procfs.stat_or_none(stat.parent)
+        return ""
 
     def read_details(self) -> Readings:
         """Read the threads and open files of each server; files are absent where the kernel refuses them."""
         readings: Readings = defaultdict(float)
         refused = set()
-        for pid, member in self._members.items():
-            stat = _stat(pid)
-            if stat is None or stat.started != member.started:
+        for pid, process in self._members.items():
+            stat = procfs.stat_or_none(pid)
+            if stat is None or stat.started != process.started:
                 continue
-            readings[Series("host_threads", member.server)] += stat.threads
-            files = _open_files(pid)
+            readings[Series("host_threads", process.server)] += stat.threads
+            files = procfs.open_files(pid)
             if files is None:
-                refused.add(Series("host_open_files", member.server))
+                refused.add(Series("host_open_files", process.server))
             else:
-                readings[Series("host_open_files", member.server)] += files
+                readings[Series("host_open_files", process.server)] += files
         return {series: value for series, value in readings.items() if series not in refused}
 
     def read(self) -> Readings:
         """Read count, memory (bytes) and CPU (seconds) of each server that runs; scan first if it is time.
 
-        CPU seconds keep what exited processes had used when they were last seen. Before Linux 6.17 the kernel's
-        count of resident pages may be off by some MiB on machines with many cores.
+        CPU seconds never fall: they keep what exited processes had used when they were last seen, and what a process
+        used for one server stays with it when it goes over to another. A server of which a process cannot be read for
+        a moment, as when there are too many open files, is absent meanwhile. Before Linux 6.17 the kernel's count of
+        resident pages may be off by some MiB on machines with many cores. Raises OSError when /proc cannot be listed.
         """
         time_ns = self._clock().time_ns
         if time_ns >= self._next_scan_ns:
-            self._next_scan_ns = time_ns + SCAN_EVERY_NS
             self.scan()
-        running: dict[int, Member] = {}
+            self._next_scan_ns = time_ns + SCAN_EVERY_NS
         resident_bytes: dict[int, int] = {}
         readings: Readings = defaultdict(float)
-        for pid, member in self._members.items():
-            stat, resident = _stat(pid), _resident_bytes(pid)
-            if stat is None or stat.started != member.started or resident is None:
+        unknown = set()
+        for pid, process in self._members.copy().items():
+            server = process.server
+            try:
+                stat, resident = procfs.read_stat(pid), procfs.resident_bytes(pid)
+            except OSError:
+                unknown.add(server)
                 continue
-            running[pid] = replace(member, cpu_seconds=stat.cpu_seconds)
+            if stat is None or stat.started != process.started or resident is None:
+                self._forget(pid)
+                continue
             resident_bytes[pid] = resident
-            readings[Series("host_processes", member.server)] += 1
-            readings[Series("host_rss_bytes", member.server)] += resident
-            readings[Series("host_cpu_seconds_total", member.server)] += stat.cpu_seconds
-        self._follow(running)
-        for server in set(self.servers().values()):
-            readings[Series("host_cpu_seconds_total", server)] += self._exited_cpu[server]
-        return readings | self._proportional(resident_bytes)
+            self._cpu_seconds[server] += max(0.0, stat.cpu_seconds - process.cpu_seconds)
+            process.cpu_seconds = stat.cpu_seconds
+            readings[Series("host_processes", server)] += 1
+            readings[Series("host_rss_bytes", server)] += resident
+            readings[Series("host_cpu_seconds_total", server)] = self._cpu_seconds[server]
+        readings |= self._proportional(resident_bytes)
+        return {series: value for series, value in readings.items() if series.server not in unknown}
+
+    def _forget(self, pid: int) -> None:
+        # A new dict, because other threads may be going through the old one.
+        self._members = {other: process for other, process in self._members.items() if other != pid}
+        del self._seen[pid]
 
     def read_shared(self, max_cpu: float, cpu_clock: Callable[[], float] = time.thread_time) -> Iterator[float]:
         """Read the shared memory of one process after another, new ones first, then the one read longest ago.
@@ -146,9 +164,9 @@ class Processes:
         before = cpu_clock()
         while True:
             if members := self._members:
-                pid = min(members, key=lambda pid: members[pid].shared.time_ns)
-                shared = members[pid].shared
-                shared.time_ns, shared.size = self._clock().time_ns, _shared_bytes(pid)
+                pid = min(members, key=lambda pid: members[pid].shared_ns)
+                process = members[pid]
+                process.shared_ns, process.shared_bytes = self._clock().time_ns, procfs.shared_bytes(pid)
             after = cpu_clock()
             yield max(LEAST_WAIT, (after - before) * (1 / max_cpu - 1))
             before = after
@@ -166,9 +184,9 @@ class Processes:
         oldest_ns: dict[str, int] = {}
         unknown = set()
         for pid, resident in resident_bytes.items():
-            server, shared = self._members[pid].server, self._members[pid].shared
+            process = self._members[pid]
             # Each is read only once, because `read_shared` may change them at any moment.
-            size, time_ns = shared.size, shared.time_ns
+            server, size, time_ns = process.server, process.shared_bytes, process.shared_ns
             if size is None:
                 unknown.add(server)
                 continue
@@ -182,85 +200,69 @@ class Processes:
         return {series: value for series, value in readings.items() if series.server not in unknown}
 
     def scan(self) -> None:
-        """Look through all of /proc for processes of servers."""
-        found: dict[int, Member] = {}
+        """Look through all of /proc for processes of servers; raises OSError when it cannot be listed.
+
+        The kernel is asked only about those that are new, young, or whose turn it is.
+        """
+        self._scans += 1
+        seen, new = self._listed()
+        young = int((time.clock_gettime(time.CLOCK_BOOTTIME) - YOUNG_SECONDS) * procfs.CLOCK_TICKS)
+        turn = self._scans % SCANS_A_ROUND
+        for pid, process in seen.items():
+            if process.started > young or pid % SCANS_A_ROUND == turn:
+                process.server = procfs.server_named(pid) or process.server
         # By age, so that a parent is known before its children.
-        for stat, pid, name in sorted(self._sightings(), key=lambda sighting: (sighting[0].started, sighting[1])):
-            known = self._members.get(pid)
-            if known and known.started == stat.started:
-                found[pid] = replace(known, server=name or known.server, cpu_seconds=stat.cpu_seconds)
-            elif name or stat.parent in found:
-                found[pid] = Member(name or found[stat.parent].server, stat.started, stat.cpu_seconds)
-        self._follow(found)
-        self._asked = {pid: asked for pid, asked in self._asked.copy().items() if _still(pid, asked[1])}
+        for pid, process in sorted(new, key=lambda pair: (pair[1].started, pair[0])):
+            process.server = procfs.server_named(pid)
+            seen[pid] = process
+        members = {}
+        for pid, process in seen.items():
+            if not process.server:
+                parent = seen.get(process.parent)
+                # A younger one has only taken the pid of the parent, which is gone.
+                if parent and parent.started <= process.started:
+                    process.server = parent.server
+            if process.server:
+                members[pid] = process
+        # Other threads see the old members or the new ones.
+        self._seen, self._members = seen, members
+        self._asked = {pid: asked for pid, asked in self._asked.copy().items() if self._still(pid, asked[1])}
         self.generation += 1
 
-    def _sightings(self) -> Iterator[tuple[Stat, int, str | None]]:
-        """Yield every process with the server that its environment names.
+    def _listed(self) -> tuple[dict[int, Process], list[tuple[int, Process]]]:
+        """List /proc: the processes that are known, and those that are new, whose environment was not read yet."""
+        known: dict[int, Process] = {}
+        new = []
+        with os.scandir(procfs.PROC) as entries:
+            for entry in entries:
+                if not entry.name.isdecimal():
+                    continue
+                pid, inode = int(entry.name), entry.inode()
+                process = self._seen.get(pid)
+                if process is None or process.inode != inode:
+                    process = self._met(pid, inode)
+                if process is None:
+                    continue
+                if process is self._seen.get(pid):
+                    known[pid] = process
+                else:
+                    new.append((pid, process))
+        return known, new
 
-        A process that sets its own title (vLLM's do) overwrites a part of its environment, and that of other users'
-        processes may not be read: such a process goes by what it was before or by its parent.
-        """
-        for pid in _pids():
-            name = _server_named(_read(pid, "environ") or b"")
-            if stat := _stat(pid):
-                yield stat, pid, name
+    def _met(self, pid: int, inode: int) -> Process | None:
+        """Answer what is behind an inode that was not seen before; None when it is gone or cannot be asked for now."""
+        known = self._seen.get(pid)
+        try:
+            stat = procfs.read_stat(pid)
+        except OSError:
+            return known
+        if stat is None:
+            return None
+        if known and known.started == stat.started:
+            # The kernel had dropped the inode and made another one.
+            known.inode = inode
+            return known
+        return Process(inode, stat.parent, stat.started)
 
-    def _follow(self, members: dict[int, Member]) -> None:
-        for pid, member in self._members.items():
-            if pid not in members or members[pid].started != member.started:
-                self._exited_cpu[member.server] += member.cpu_seconds
-        # One assignment of a new dict: other threads see the old members or the new ones.
-        self._members = members
-
-
-def _pids() -> Iterator[int]:
-    return (int(entry.name) for entry in PROC.iterdir() if entry.name.isdecimal())
-
-
-def _read(pid: int, name: str) -> bytes | None:
-    try:
-        return (PROC / str(pid) / name).read_bytes()
-    except OSError:
-        # Gone between listing and reading, or not ours to read.
-        return None
-
-
-def _server_named(environ: bytes) -> str | None:
-    match = re.search(rb"(?:^|\0)HEADROOM_SERVER=([^\0]+)", environ)
-    return match[1].decode(errors="replace") if match else None
-
-
-def _stat(pid: int) -> Stat | None:
-    # The command's name, in parentheses, may hold spaces and parentheses itself.
-    fields = (_read(pid, "stat") or b"").rpartition(b") ")[2].split()
-    if not fields or fields[0] in b"ZX":
-        return None
-    return Stat(
-        parent=int(fields[1]),
-        cpu_seconds=(int(fields[11]) + int(fields[12])) / CLOCK_TICKS,
-        threads=int(fields[17]),
-        started=int(fields[19]),
-    )
-
-
-def _still(pid: int, started: int | None) -> bool:
-    stat = _stat(pid)
-    return stat is not None and stat.started == started
-
-
-def _open_files(pid: int) -> int | None:
-    try:
-        return sum(1 for _ in (PROC / str(pid) / "fd").iterdir())
-    except OSError:
-        return None
-
-
-def _resident_bytes(pid: int) -> int | None:
-    pages = (_read(pid, "statm") or b"").split()
-    return int(pages[1]) * PAGE_BYTES if pages else None
-
-
-def _shared_bytes(pid: int) -> int | None:
-    kib = dict(re.findall(rb"^(Rss|Pss): +(\d+) kB$", _read(pid, "smaps_rollup") or b"", re.MULTILINE))
-    return (int(kib[b"Rss"]) - int(kib[b"Pss"])) * 1024 if kib else None
+    def _still(self, pid: int, started: int | None) -> bool:
+        return pid in self._seen and self._seen[pid].started == started

@@ -1,9 +1,11 @@
-"""Ticks on an absolute schedule, within a budget of CPU, and the thread that takes them."""
+"""Ticks on an absolute schedule, the threads that take them, and the budget of CPU for all of them together."""
 
 import logging
+import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 log = logging.getLogger(__name__)
@@ -16,7 +18,18 @@ CALM_REVIEWS = 30
 ROOM = 0.8
 
 
-class Sampler:
+@dataclass(frozen=True)
+class Clocks:
+    """The clocks that sampling goes by, both in ns: CLOCK_MONOTONIC, and wall time to tell people."""
+
+    time_ns: Callable[[], int] = time.monotonic_ns
+    wall_ns: Callable[[], int] = time.time_ns
+
+
+CLOCKS = Clocks()
+
+
+class Sampler(threading.Thread):
     """A thread that takes a step, waits as many seconds as it yields, and so on.
 
     Everything that can block has a sampler of its own, so that a GPU that hangs or a dear reading of /proc delays no
@@ -24,51 +37,105 @@ class Sampler:
     """
 
     def __init__(self, name: str, steps: Iterator[float]) -> None:
-        self._steps = steps
-        self._stopping = threading.Event()
         # A daemon, because a thread stuck in the driver must not keep the program alive.
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
-
-    def start(self) -> None:
-        """Begin to sample; can be called once."""
-        self._thread.start()
+        super().__init__(name=name, daemon=True)
+        self.steps = steps
+        self._stopping = threading.Event()
+        self._cpu_clock: int | None = None
+        self._cpu_seconds = 0.0
 
     def stop(self) -> None:
         """End the thread, or leave it behind after a second if it is stuck."""
         self._stopping.set()
-        self._thread.join(timeout=1)
+        self.join(timeout=1)
 
     def alive(self) -> bool:
         """Tell whether samples are being taken."""
-        return self._thread.is_alive()
+        return self.is_alive()
 
-    def _run(self) -> None:
-        for seconds in self._steps:
-            if seconds < 0.2:
-                # Wakes up for less CPU than an event does.
-                time.sleep(seconds)
-                if self._stopping.is_set():
+    @property
+    def cpu_seconds(self) -> float:
+        """CPU that the thread has used until now, also while it is stuck."""
+        if self._cpu_clock is not None:
+            # The thread may end between the question and the answer.
+            with suppress(OSError):
+                self._cpu_seconds = time.clock_gettime(self._cpu_clock)
+        return self._cpu_seconds
+
+    def run(self) -> None:
+        """Sample until stopped."""
+        go_first()
+        self._cpu_clock = time.pthread_getcpuclockid(threading.get_ident())
+        try:
+            for seconds in self.steps:
+                if seconds < 0.2:
+                    # Wakes up for less CPU than an event does.
+                    time.sleep(seconds)
+                    if self._stopping.is_set():
+                        return
+                elif self._stopping.wait(min(seconds, threading.TIMEOUT_MAX)):
                     return
-            elif self._stopping.wait(min(seconds, threading.TIMEOUT_MAX)):
-                return
+        finally:
+            self._cpu_seconds, self._cpu_clock = time.thread_time(), None
+
+
+def sampling_cpu_seconds() -> float:
+    """CPU that all samplers of this process have used.
+
+    The process as a whole has used more: what it takes to answer /timeline and /metrics is the reader's, and would
+    else slow down the sampling that the reader looks at.
+    """
+    return sum(thread.cpu_seconds for thread in threading.enumerate() if isinstance(thread, Sampler))
+
+
+def go_first() -> None:
+    """Ask Linux to run this thread before other processes, where it may (root or CAP_SYS_NICE).
+
+    Servers that spin while they wait, as vLLM's do, would else leave gaps of seconds in the samples of a machine with
+    few cores. What the samples miss is counted, see Schedule.
+    """
+    with suppress(PermissionError):
+        os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))
 
 
 class Governor:
-    """Divides a rate so that a source keeps within its share of a core."""
+    """Divides the rates of the fast schedules so that all sampling together keeps within a share of a core.
 
-    def __init__(self, max_cpu: float, most: int) -> None:
+    The fast ones may have half of it whatever the rest needs: to slow them down further would gain little.
+    """
+
+    def __init__(self, max_cpu: float, hz: int) -> None:
         self.divider = 1
         self._max_cpu = max_cpu
-        self._most = most
+        self._hz = hz
         self._calm = 0
+        self._before: tuple[int, float, float] | None = None
+        self._said: set[str] = set()
 
-    def review(self, share: float) -> None:
-        """Halve the rate after a second of too much CPU; double it after many that had room for that."""
-        if share > self._max_cpu:
+    def divider_of(self, hz: int) -> int:
+        """Answer what a rate is divided by: none is faster than the highest, divided."""
+        return -(-hz * self.divider // self._hz)
+
+    def review(self, time_ns: int, total: float, fast: float) -> None:
+        """Once a second: see the CPU seconds so far, of all sampling and of the fast schedules."""
+        before, self._before = self._before, (time_ns, total, fast)
+        if before and time_ns > before[0]:
+            seconds = (time_ns - before[0]) / SECOND
+            self.decide((total - before[1]) / seconds, (fast - before[2]) / seconds)
+
+    def decide(self, total: float, fast: float) -> None:
+        """Halve the rates after a second of too much CPU (shares of a core); double them after many with room."""
+        if total > self._max_cpu:
             self._calm = 0
-            if self.divider * 2 <= self._most:
+            if fast <= self._max_cpu / 2:
+                self._say("reading processes and the dear values of GPUs takes more than half of --max-cpu")
+            elif self.divider * 2 <= self._hz:
                 self.divider *= 2
-        elif self.divider > 1 and share * 2 <= ROOM * self._max_cpu:
+                self._say(
+                    "sampling needs more than --max-cpu: it takes fewer samples of GPUs for now, see "
+                    "headroom_monitor_sample_rate_hertz"
+                )
+        elif self.divider > 1 and min(total + fast, 4 * fast) <= ROOM * self._max_cpu:
             self._calm += 1
             if self._calm == CALM_REVIEWS:
                 self._calm = 0
@@ -76,93 +143,143 @@ class Governor:
         else:
             self._calm = 0
 
+    def _say(self, text: str) -> None:
+        if text not in self._said:
+            self._said.add(text)
+            log.warning(text)
+
 
 class Schedule:
     """Calls `tick` `hz` times a second, counted from the start; it is told its lateness (s) and answers success.
 
-    A tick that begins late is not moved on the schedule; those that were missed by then are skipped, never made up.
-    With `max_cpu` (a share of a core) ticks are left out rather than take more; what remains is on the same grid.
+    A tick that begins late is not moved on the schedule; those that were missed by then are skipped and counted, never
+    made up. A tick that is late by L with `behind` missed ones stands for all of them: they were late by L, L - 1 / hz,
+    L - 2 / hz and so on. With a governor ticks are left out on purpose; what remains is on the same grid.
     """
 
     def __init__(
         self,
         hz: int,
         tick: Callable[[float], bool],
-        max_cpu: float | None = None,
-        clock: Callable[[], int] = time.monotonic_ns,
-        cpu_clock: Callable[[], float] = time.thread_time,
+        governor: Governor | None = None,
+        clocks: Clocks = CLOCKS,
     ) -> None:
         self.wanted_hz = hz
         self.lateness = 0.0
-        self.cpu_seconds = 0.0
+        self.behind = 0
+        self.samples = 0
+        self.missed = 0
         self.success_ns: int | None = None
+        self.success_wall_ns: int | None = None
         self.tick = tick
-        self._governor = Governor(max_cpu, hz) if max_cpu else None
-        self._clock = clock
-        self._cpu_clock = cpu_clock
-        self._slowed = False
+        self._governor = governor
+        self._clocks = clocks
+        self._broken = False
+        # When the last tick began; when one began a second before, and one before that, and how many there were then.
+        self._last_ns = 0
+        self._marks = ((0, 0), (0, 0))
 
     @property
     def hz(self) -> float:
-        """The rate that it keeps now."""
-        return self.wanted_hz / self._governor.divider if self._governor else self.wanted_hz
+        """Ticks a second that were taken over the last one or two seconds."""
+        (begun_ns, samples), _ = self._marks
+        end_ns, now_ns = self._last_ns, self._clocks.time_ns()
+        if now_ns - end_ns > 2 * SECOND:
+            # It hangs.
+            end_ns = now_ns
+        return (self.samples - samples) * SECOND / (end_ns - begun_ns) if samples and end_ns > begun_ns else 0.0
 
     def steps(self) -> Iterator[float]:
         """Tick when it is time; yield the seconds until the next time."""
-        clock, hz = self._clock, self.wanted_hz
-        start = reviewed = clock()
+        clock, wall_clock, hz = self._clocks.time_ns, self._clocks.wall_ns, self.wanted_hz
+        start = clock()
         number, due, divider = 0, start, 1
+        governor, divided = self._governor or Governor(1.0, hz), 1
+        marked = 0
         while True:
             time_ns = clock()
             if time_ns < due:
                 yield (due - time_ns) / SECOND
                 continue
-            self.lateness = (time_ns - due) / SECOND
-            if self.tick(self.lateness):
-                self.success_ns = time_ns
-            if time_ns - reviewed >= SECOND:
-                divider = self._review((time_ns - reviewed) / SECOND)
-                reviewed = time_ns
             passed = max(number, (time_ns - start) * hz // SECOND)
+            self.lateness = (time_ns - due) / SECOND
+            self.behind = (passed - number) // divider
+            self.missed += self.behind
+            self.samples += 1
+            self._last_ns = time_ns
+            if self._take():
+                self.success_ns, self.success_wall_ns = time_ns, wall_clock()
+            if time_ns - marked >= SECOND:
+                marked = time_ns
+                mark = (time_ns, self.samples)
+                self._marks = (self._marks[1] if self._marks[1][1] else mark, mark)
+            if governor.divider != divided:
+                divided = governor.divider
+                divider = governor.divider_of(hz)
             number = (passed // divider + 1) * divider
             due = start + number * SECOND // hz
             yield max(0, due - clock()) / SECOND
 
-    def _review(self, seconds: float) -> int:
-        before, self.cpu_seconds = self.cpu_seconds, self._cpu_clock()
-        if not self._governor:
-            return 1
-        self._governor.review((self.cpu_seconds - before) / seconds)
-        if self._governor.divider > 1 and not self._slowed:
-            self._slowed = True
-            log.warning(
-                "%s needs more than --max-cpu at %d samples a second: it takes fewer for now, see "
-                "headroom_monitor_sample_rate_hertz",
-                threading.current_thread().name,
-                self.wanted_hz,
-            )
-        return self._governor.divider
+    def _take(self) -> bool:
+        try:
+            return self.tick(self.lateness)
+        except Exception:
+            # Whatever it is, the source is down until a tick goes well again.
+            if not self._broken:
+                self._broken = True
+                log.exception("%s: a sample failed, no more is said of it", threading.current_thread().name)
+            return False
 
 
 @dataclass
 class Source:
-    """What /metrics tells about one thing that is sampled: its main schedule, and the slower ones beside it.
+    """What /metrics tells about one thing that is sampled: its main schedule, and all threads that it takes.
 
     One that is known to be lost is down at once, and until it was read again; `lost_ns` is when that was last found.
     """
 
     name: str
     main: Schedule
-    others: tuple[Schedule, ...] = ()
+    samplers: Sequence[Sampler] = ()
     lost: bool = False
     lost_ns: int = 0
 
-    def up(self, time_ns: int) -> bool:
+    def up(self, now_ns: int) -> bool:
         """Tell whether it was read well of late."""
         success_ns = self.main.success_ns
-        return not self.lost and success_ns is not None and success_ns > max(self.lost_ns, time_ns - STALE_NS - 1)
+        return not self.lost and success_ns is not None and success_ns > max(self.lost_ns, now_ns - STALE_NS - 1)
+
+    @property
+    def wanted_hz(self) -> int:
+        """Samples a second that were asked for."""
+        return self.main.wanted_hz
+
+    @property
+    def hz(self) -> float:
+        """Samples a second that were taken over the last one or two seconds."""
+        return self.main.hz
+
+    @property
+    def samples(self) -> int:
+        """Samples taken so far, good or not."""
+        return self.main.samples
+
+    @property
+    def missed(self) -> int:
+        """Samples that were not taken in time to begin before the next was due."""
+        return self.main.missed
+
+    @property
+    def lateness(self) -> float:
+        """How late the last sample began (seconds)."""
+        return self.main.lateness
+
+    @property
+    def success_wall_ns(self) -> int | None:
+        """Wall time of the last sample that went well."""
+        return self.main.success_wall_ns
 
     @property
     def cpu_seconds(self) -> float:
-        """CPU that its threads have used, to the last second."""
-        return sum(schedule.cpu_seconds for schedule in (self.main, *self.others))
+        """CPU that its threads have used."""
+        return sum(sampler.cpu_seconds for sampler in self.samplers)

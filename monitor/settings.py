@@ -6,7 +6,7 @@ from pydantic import Field, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 PREFIX = "HEADROOM_MONITOR_"
-# Ticks of one device that are kept at most, an hour at 1 kHz: some 200 MB of memory, and 550 MB of processes.
+# Ticks of one device that are kept at most: an hour at 1 kHz (230 MB), or ten at 100 Hz (and 550 MB of processes).
 MAX_TICKS = 3_600_000
 
 
@@ -18,14 +18,21 @@ class Settings(BaseSettings):
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(9400, ge=0, le=65535, description="port to listen on; 0 takes any free one")
     hz: int = Field(
-        100, ge=1, le=1000, description="samples of GPU memory a second; of processes up to 100, of the host up to 10"
+        100,
+        ge=1,
+        le=1000,
+        description="samples of the memory of each GPU a second; of its processes up to 100, of utilization, power, "
+        "clocks, throttling and temperature up to 20, of the servers' processes on the host up to 10; energy, PCIe, "
+        "NVLink and ECC are read once a second",
     )
     minutes: int = Field(30, ge=1, le=1440, description="how long samples are kept, in memory that is taken at once")
     max_cpu: float = Field(
         0.02,
         gt=0,
         le=1,
-        description="share of a core that sampling the memory of a GPU may take, and reading shared memory (PSS)",
+        description="share of a core for all sampling, of GPUs and of the host; rather than take more, GPUs are "
+        "sampled less often, but keep half of it when the rest needs more; shared memory (PSS) gets a quarter at most; "
+        "answering /timeline and /metrics is not part of it",
     )
 
     @model_validator(mode="after")

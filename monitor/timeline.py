@@ -15,7 +15,10 @@ from numpy.typing import NDArray
 log = logging.getLogger(__name__)
 
 STAMPS = 2
-MAX_LEFT_OUT = 1000
+# Blocks of rows in a ring whose maxima are kept: each is of half a second when the ring is of 30 minutes, at any rate.
+BLOCKS = 4096
+# Series that are remembered as left out, and lines that are logged about them.
+MAX_LEFT_OUT, MAX_LINES = 1000, 20
 
 
 class Instant(NamedTuple):
@@ -52,12 +55,16 @@ class Ring:
     A row is two stamps and a value for each column, NaN where there is none. One lock is held for the microseconds of
     stamping and writing a row, and by readers only to ask how many there are: once a reader has seen a moment, nothing
     older appears later, and no reader holds up a sampler.
+
+    A column whose values have all been overwritten is given to the next new series, so that servers may come and go.
     """
 
     def __init__(self, capacity: int, width: int, clock: Clock = now) -> None:
         self.capacity = capacity
+        # Never changed in place, because readers may be going through it.
         self.columns: dict[Series, int] = {}
-        self.left_out: set[Series] = set()
+        # When each series that found no column was last left out (CLOCK_MONOTONIC, ns), the latest last.
+        self.left_out: dict[Series, int] = {}
         self._width = width
         self._clock = clock
         self._lock = threading.Lock()
@@ -66,21 +73,59 @@ class Ring:
         self._stamps = self._cells.view(np.int64)
         self._bytes = self._cells.data.cast("B")
         self._row = struct.Struct(f"{STAMPS}q{width}d")
+        # The maxima of each block of rows that is full, with one block to spare for those that are read meanwhile.
+        self.block = -(-capacity // BLOCKS)
+        self._maxima: Cells = np.full((-(-capacity // self.block) + 1, width), math.nan)
+        self._blocks = 0
+        # By column, the number of rows when it was given to its series; infinite for those that are not given again.
+        self._given = [0.0] * width
+        self._searched = 0
+        self._lines = 0
 
     @property
     def size_bytes(self) -> int:
         """Memory that the ring takes, full or not."""
-        return self._cells.nbytes
+        return self._cells.nbytes + self._maxima.nbytes
 
     def column(self, series: Series) -> int | None:
-        """Answer the column of a series, a new one for a new series; None when there is none left."""
+        """Answer the column of a series, one that is free for a new series; None when there is none."""
         column = self.columns.get(series)
-        if column is None and len(self.columns) < self._width:
-            column = self.columns[series] = len(self.columns)
-        elif column is None and series not in self.left_out and len(self.left_out) < MAX_LEFT_OUT:
-            self.left_out.add(series)
-            log.warning("%s is left out: all %d columns of its kind are taken", series, self._width)
+        if column is not None:
+            return column
+        column = len(self.columns) if len(self.columns) < self._width else self._free()
+        if column is None:
+            self._leave_out(series)
+            return None
+        self._given[column] = self._count
+        self.left_out.pop(series, None)
+        self.columns = {other: taken for other, taken in self.columns.items() if taken != column} | {series: column}
         return column
+
+    def keep(self, series: Series) -> int:
+        """Answer the column of a series that no other will be given; raises ValueError when there is none left."""
+        column = self.column(series)
+        if column is None:
+            raise ValueError(f"{series}: all {self._width} columns are taken")
+        self._given[column] = math.inf
+        return column
+
+    def _free(self) -> int | None:
+        """Find a column that was given before the oldest row and has no value in any; at most once in each block."""
+        if self._count < self._searched + self.block:
+            return None
+        self._searched = self._count
+        first, end = self.bounds()
+        empty = np.isnan(self._most(first, end)) & (np.array(self._given) < first)
+        return int(empty.argmax()) if empty.any() else None
+
+    def _leave_out(self, series: Series) -> None:
+        if self.left_out.pop(series, None) is None and self._lines < MAX_LINES:
+            self._lines += 1
+            last = "; no more is said of it" if self._lines == MAX_LINES else ""
+            log.warning("%s is left out: all %d columns of its kind are taken%s", series, self._width, last)
+        self.left_out[series] = self._clock().time_ns
+        if len(self.left_out) > MAX_LEFT_OUT:
+            del self.left_out[next(iter(self.left_out))]
 
     def put(self, values: Sequence[float]) -> None:
         """Stamp a row with the present moment and keep it; it has a value, or NaN, for each column."""
@@ -88,6 +133,11 @@ class Ring:
             at = self._clock()
             self._row.pack_into(self._bytes, self._count % self.capacity * self._row.size, *at, *values)
             self._count += 1
+            count = self._count
+        if count % self.block == 0:
+            block = count // self.block - 1
+            self._maxima[block % len(self._maxima)] = self._most_of_rows(count - self.block, count)
+            self._blocks = block + 1
 
     def append(self, readings: Mapping[Series, float]) -> None:
         """Keep readings as a row; series that find no column are left out."""
@@ -131,13 +181,26 @@ class Ring:
     def peaks(self, since_ns: int) -> Readings:
         """Answer the largest value of each series since a moment."""
         first, end = self.bounds()
-        views = self._views(self.find(since_ns, first, end), end)
-        most = [np.fmax.reduce(view[:, STAMPS:], axis=0) for view in views if len(view)]
-        return self._named(np.fmax.reduce(most).tolist()) if most else {}
+        return self._named(self._most(self.find(since_ns, first, end), end).tolist())
+
+    def _most(self, first: int, end: int) -> Cells:
+        """Answer the largest value of each column in some rows: of whole blocks from what is kept of them."""
+        begin, stop = -(-first // self.block), min(self._blocks, end // self.block)
+        if begin >= stop:
+            return self._most_of_rows(first, end)
+        blocks = self._maxima[np.arange(begin, stop) % len(self._maxima)]
+        edges = self._most_of_rows(first, begin * self.block), self._most_of_rows(stop * self.block, end)
+        most: Cells = np.fmax.reduce(np.vstack((*edges, blocks)), axis=0)
+        return most
+
+    def _most_of_rows(self, first: int, end: int) -> Cells:
+        most = np.full(self._width, math.nan)
+        for view in self._views(first, end):
+            most = np.fmax(most, np.fmax.reduce(view[:, STAMPS:], axis=0, initial=math.nan))
+        return most
 
     def _named(self, values: Sequence[float]) -> Readings:
-        # A copy, because a sampler may add a column meanwhile.
-        pairs = zip(self.columns.copy(), values, strict=False)
+        pairs = ((series, values[column]) for series, column in self.columns.items())
         return {series: value for series, value in pairs if not math.isnan(value)}
 
     def _views(self, first: int, end: int) -> list[Cells]:
@@ -160,6 +223,11 @@ class Timeline:
         # A new dict, because readers may be going through the old one.
         self.rings = self.rings | {name: ring}
         return ring
+
+    def left_out(self, since_ns: int = 0) -> int:
+        """Answer how many series have found no column since a moment (CLOCK_MONOTONIC)."""
+        moments = (moment for ring in self.rings.values() for moment in ring.left_out.copy().values())
+        return sum(moment >= since_ns for moment in moments)
 
     @property
     def size_bytes(self) -> int:

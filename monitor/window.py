@@ -3,6 +3,7 @@
 import io
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import NamedTuple
 
 import numpy as np
@@ -117,8 +118,9 @@ def _open(rings: Mapping[str, Ring], since_ns: int, until_ns: int) -> tuple[list
     for ring in rings.values():
         first, end = ring.bounds()
         first = ring.find(since_ns, first, end)
-        # After the bounds, so that every column of the rows is known.
-        series = [positions.setdefault(series, len(positions)) for series in ring.columns.copy()]
+        # After the bounds, so that every column of the rows is known; one that changes its series has no value in them.
+        columns = sorted(ring.columns.items(), key=itemgetter(1))
+        series = [positions.setdefault(series, len(positions)) for series, _ in columns]
         cursors.append(Cursor(ring, np.array(series, np.int64), first, ring.find(until_ns, first, end)))
     return list(positions), cursors
 

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -55,13 +55,15 @@ class Script:
 
 
 class MonitorProcess:
-    """`python -m monitor` with the fake NVML of a folder."""
+    """`python -m monitor` with the fake NVML of a folder; `within` is a command that runs it, such as unshare."""
 
-    def __init__(self, library: Path, script: Script, *options: str, **environ: str) -> None:
+    def __init__(
+        self, library: Path, script: Script, *options: str, within: Sequence[str] = (), **environ: str
+    ) -> None:
         script.save()
         self._log = script.path.with_suffix(".log")
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "monitor", "--port", "0", *options],
+            [*within, sys.executable, "-m", "monitor", "--port", "0", *options],
             cwd=ROOT,
             env=os.environ | {"LD_LIBRARY_PATH": str(library.parent), "FAKE_NVML_SCRIPT": str(script.path), **environ},
             stdout=subprocess.PIPE,

@@ -6,16 +6,17 @@
      origin NS                      where time 0 is on CLOCK_MONOTONIC
      speed FACTOR                   how many seconds of the script pass in a second
      period SECONDS                 after which the timelines of memory and processes begin again
-     device NAME TOTAL [1]          a device, "0" or "0/1"; 1: it is split into MIG devices
+     device NAME TOTAL [1]          a device, "0" or "0/1"; 1: it is split into MIG devices. A GPU that is added is
+                                    listed when NVML is opened anew; one whose line is gone is lost at once
      memory T NAME BYTES            what the device has in use from a time on
      process T NAME PID BYTES       the same of a process: -1 is unknown, 0 is gone
      value NAME KEY NUMBER          what another call answers, see the calls below
      fault T1 T2 NAME CALL CODE     what a call returns meanwhile; NAME or CALL may be *
      block T1 T2 NAME CALL SECONDS  how long a call takes meanwhile
-     xid T NAME CODE                an XID error
+     xid T NAME CODE                an XID error; those of a device in the order of time
 
-   After a fault on every call of a device, or of all, NVML must be closed and opened anew, as after a reset of the GPU
-   or a restart of the driver. */
+   A fault on every call of a device, or of all, lasts until NVML is closed and opened anew, as after a reset of the GPU
+   or a restart of the driver. To close it while a call blocks is a fault of the caller, which is said on stderr. */
 
 #include <pthread.h>
 #include <stdio.h>
@@ -26,26 +27,30 @@
 #include <unistd.h>
 
 enum { OK = 0, UNINITIALIZED = 1, INVALID = 2, NOT_SUPPORTED = 3, NOT_FOUND = 6, TOO_SMALL = 7, TIMEOUT = 10, LOST = 15 };
-enum { NO_RESOURCES = 23, UNKNOWN = 999, MAX_DEVICES = 32, MAX_EVENTS = 4096, MAX_EVENT_SETS = 64 };
+enum { NO_RESOURCES = 23, UNKNOWN = 999, MAX_DEVICES = 64, MAX_EVENT_SETS = 64 };
 
-typedef struct { char name[16]; double total; int split; long generation, lost; } Device;
+typedef struct { char name[16]; double total; int split, listed, known, xids; long generation, lost; int code; } Device;
 typedef struct { char kind; double from, until; char device[16], what[64]; double value; } Event;
 typedef struct { unsigned version; unsigned long long total, reserved, free, used; } Memory;
 typedef struct { unsigned pid; unsigned long long bytes; unsigned instance, part; } Process;
 typedef struct { unsigned id, scope; long long time, latency; unsigned type, error; unsigned long long value; } Field;
 typedef struct { Device *device; unsigned long long type, data; unsigned instance, part; } Xid;
+typedef struct { int count; Device *devices[MAX_DEVICES]; } Set;
 
 static Device devices[MAX_DEVICES];
-static Event events[MAX_EVENTS];
-static int device_count, event_count;
-static double origin, speed = 1, period, xid_seen[MAX_DEVICES];
+static Event *events;
+static int device_count, event_count, event_room;
+static double origin, speed = 1, period;
 static struct stat loaded;
-static long generation;
-static int is_open, is_broken, event_sets;
+static int is_open, is_broken, event_sets, blocked;
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 
-/* Set by a test that keeps the time itself (ns on the script's clock); 0: CLOCK_MONOTONIC. */
+/* Set by a test that keeps the time itself (ns on the script's clock; 0: CLOCK_MONOTONIC), and says when the script has
+   changed. */
 long long fake_nvml_now;
+int fake_nvml_changed = 1;
+/* How often NVML was opened. */
+long fake_nvml_opened;
 
 static double now(void) {
     struct timespec time;
@@ -60,6 +65,19 @@ static Device *find(const char *name) {
     return NULL;
 }
 
+static void fail(const char *text) { fprintf(stderr, "fake NVML: %s\n", text); abort(); }
+
+static Device *add(const char *name) {
+    if (device_count == MAX_DEVICES) fail("too many devices");
+    strcpy(devices[device_count].name, name);
+    return &devices[device_count++];
+}
+
+static void keep(Event event) {
+    if (event_count == event_room) events = realloc(events, (event_room = 2 * event_room + 64) * sizeof(Event));
+    events[event_count++] = event;
+}
+
 static void parse(const char *line) {
     Event event = {0};
     char name[16];
@@ -68,8 +86,8 @@ static void parse(const char *line) {
     if (sscanf(line, "origin %lf", &origin) == 1) origin /= 1e9;
     else if (sscanf(line, "speed %lf", &speed) == 1 || sscanf(line, "period %lf", &period) == 1) return;
     else if (sscanf(line, "device %15s %lf %d", name, &total, &split) >= 2) {
-        Device *device = find(name) ? find(name) : &devices[device_count++];
-        strcpy(device->name, name);
+        Device *device = find(name) ? find(name) : add(name);
+        device->listed = 1;
         device->total = total;
         device->split = split;
     } else if (sscanf(line, "memory %lf %15s %lf", &event.from, event.device, &event.value) == 3) event.kind = 'm';
@@ -81,19 +99,21 @@ static void parse(const char *line) {
     else if (sscanf(line, "block %lf %lf %15s %63s %lf", &event.from, &event.until, event.device, event.what,
                     &event.value) == 5) event.kind = 'b';
     else if (sscanf(line, "xid %lf %15s %lf", &event.from, event.device, &event.value) == 3) event.kind = 'x';
-    else if (line[0] != '\n') { fprintf(stderr, "fake NVML: %s", line); abort(); }
-    if (event.kind && event_count < MAX_EVENTS) events[event_count++] = event;
+    else if (line[0] != '\n') fail(line);
+    if (event.kind) keep(event);
 }
 
 static void load(void) {
     struct stat status;
     char line[256];
     const char *path = getenv("FAKE_NVML_SCRIPT");
-    if (fake_nvml_now && event_count) return;
-    if (!path || stat(path, &status)) { fprintf(stderr, "fake NVML: no script\n"); abort(); }
+    if (fake_nvml_now && !fake_nvml_changed) return;
+    if (!path || stat(path, &status)) fail("no script");
     if (status.st_ino == loaded.st_ino && status.st_mtim.tv_nsec == loaded.st_mtim.tv_nsec) return;
     loaded = status;
+    fake_nvml_changed = 0;
     event_count = 0;
+    for (int i = 0; i < device_count; i++) devices[i].listed = 0;
     FILE *file = fopen(path, "r");
     while (fgets(line, sizeof line, file)) parse(line);
     fclose(file);
@@ -116,13 +136,23 @@ static int enter(Device *device, const char *call) {
         if (event->kind == 'f') {
             code = (int)event->value;
             if (!strcmp(event->device, "*") && !strcmp(event->what, "*")) is_broken = 1;
-            else if (device && !strcmp(event->what, "*")) device->lost = generation;
+            else if (device && !strcmp(event->what, "*")) {
+                device->lost = fake_nvml_opened;
+                device->code = code;
+            }
         }
     }
-    if (!code && device && device->generation != generation) code = UNINITIALIZED;
-    if (!code && device && device->lost == generation) code = LOST;
+    if (!code && device && device->generation != fake_nvml_opened) code = UNINITIALIZED;
+    if (!code && device && device->lost == fake_nvml_opened) code = device->code;
+    if (!code && device && !device->listed) code = strchr(device->name, '/') ? NOT_FOUND : LOST;
+    blocked += seconds > 0;
     pthread_mutex_unlock(&lock);
-    if (seconds) usleep((useconds_t)(seconds * 1e6));
+    if (seconds) {
+        usleep((useconds_t)(seconds * 1e6));
+        pthread_mutex_lock(&lock);
+        blocked--;
+        pthread_mutex_unlock(&lock);
+    }
     return code;
 }
 
@@ -156,12 +186,14 @@ int nvmlInitWithFlags(unsigned flags) {
     if (is_open) return OK;
     is_open = 1;
     is_broken = 0;
-    generation++;
+    fake_nvml_opened++;
+    for (Device *device = devices; device < devices + device_count; device++) device->known = device->listed;
     return OK;
 }
 
 int nvmlShutdown(void) {
     int was_open = is_open;
+    if (blocked) fprintf(stderr, "fake NVML: closed while %d calls are under way\n", blocked);
     is_open = 0;
     return was_open ? OK : UNINITIALIZED;
 }
@@ -173,21 +205,21 @@ int nvmlSystemGetDriverVersion(char *text, unsigned size) { return snprintf(text
 int nvmlDeviceGetCount_v2(unsigned *count) {
     int error = enter(NULL, "count");
     *count = 0;
-    for (int i = 0; i < device_count; i++) *count += !strchr(devices[i].name, '/');
+    for (int i = 0; i < device_count; i++) *count += devices[i].known && !strchr(devices[i].name, '/');
     return error;
 }
 
-static int handle(const char *name, Device **device) {
-    *device = find(name);
-    if (!*device) return NOT_FOUND;
-    (*device)->generation = generation;
-    return enter(*device, "handle");
+static int handle(Device *found, Device **device) {
+    *device = found;
+    if (!found) return NOT_FOUND;
+    found->generation = fake_nvml_opened;
+    return enter(found, "handle");
 }
 
 int nvmlDeviceGetHandleByIndex_v2(unsigned index, Device **device) {
-    char name[16];
-    snprintf(name, sizeof name, "%u", index);
-    return handle(name, device);
+    for (int i = 0; i < device_count; i++)
+        if (devices[i].known && !strchr(devices[i].name, '/') && !index--) return handle(&devices[i], device);
+    return INVALID;
 }
 
 int nvmlDeviceGetMigMode(Device *device, unsigned *current, unsigned *pending) {
@@ -200,11 +232,14 @@ int nvmlDeviceGetMaxMigDeviceCount(Device *device, unsigned *count) { *count = 7
 int nvmlDeviceGetMigDeviceHandleByIndex(Device *device, unsigned index, Device **part) {
     char name[32];
     snprintf(name, sizeof name, "%s/%u", device->name, index);
-    return handle(name, part);
+    Device *found = find(name);
+    return handle(found && found->listed ? found : NULL, part);
 }
 
 int nvmlDeviceGetUUID(Device *device, char *text, unsigned size) {
+    pthread_mutex_lock(&lock);
     double other = latest('v', device, "uuid", -1);
+    pthread_mutex_unlock(&lock);
     if (other < 0) snprintf(text, size, "GPU-%s", device->name);
     else snprintf(text, size, "GPU-%.0f", other);
     return enter(device, "uuid");
@@ -293,37 +328,58 @@ int nvmlDeviceGetFieldValues(Device *device, int count, Field *fields) {
     return enter(device, "nvlink");
 }
 
-int nvmlEventSetCreate(void **set) {
+int nvmlEventSetCreate(Set **set) {
     if (event_sets == MAX_EVENT_SETS) return NO_RESOURCES;
     event_sets++;
-    *set = calloc(1, sizeof(Device *));
+    *set = calloc(1, sizeof(Set));
     return OK;
 }
 
-int nvmlEventSetFree(Device **set) {
+int nvmlDeviceRegisterEvents(Device *device, unsigned long long types, Set *set) {
+    int error = types == 8 ? enter(device, "xid") : INVALID;
+    if (!error) set->devices[set->count++] = device;
+    return error;
+}
+
+/* The next event of a device, in the order of the script. */
+static int next_xid(Device *device, Xid *xid) {
+    int number = 0;
+    for (Event *event = events; event < events + event_count; event++) {
+        if (event->kind != 'x' || strcmp(event->device, device->name) || number++ < device->xids) continue;
+        if (event->from > now()) return 0;
+        device->xids++;
+        *xid = (Xid){device, 8, (unsigned long long)event->value, ~0U, ~0U};
+        return 1;
+    }
+    return 0;
+}
+
+/* What has come and was not waited for is lost. */
+int nvmlEventSetFree(Set *set) {
+    Xid xid;
+    pthread_mutex_lock(&lock);
+    for (int i = 0; i < set->count; i++)
+        while (next_xid(set->devices[i], &xid)) continue;
+    pthread_mutex_unlock(&lock);
     event_sets--;
     free(set);
     return OK;
 }
 
-int nvmlDeviceRegisterEvents(Device *device, unsigned long long types, Device **set) {
-    *set = device;
-    return types == 8 ? enter(device, "xid") : INVALID;
-}
-
-int nvmlEventSetWait_v2(Device **set, Xid *xid, unsigned milliseconds) {
-    int index = (int)(*set - devices), error = enter(*set, "xid");
-    (void)milliseconds;
-    if (error) return error;
-    pthread_mutex_lock(&lock);
-    error = TIMEOUT;
-    for (Event *event = events; error && event < events + event_count; event++)
-        if (event->kind == 'x' && !strcmp(event->device, (*set)->name) && event->from <= now() &&
-            event->from > xid_seen[index]) {
-            xid_seen[index] = event->from;
-            *xid = (Xid){*set, 8, (unsigned long long)event->value, ~0U, ~0U};
-            error = OK;
+/* Events come before the errors of their devices. While nothing comes it looks every 50 ms. */
+int nvmlEventSetWait_v2(Set *set, Xid *xid, unsigned milliseconds) {
+    for (int waited = 0;; waited += 50) {
+        int error = OK;
+        for (int i = 0; i < set->count; i++) {
+            int failed = enter(set->devices[i], "xid"), found;
+            pthread_mutex_lock(&lock);
+            found = next_xid(set->devices[i], xid);
+            pthread_mutex_unlock(&lock);
+            if (found) return OK;
+            if (failed) error = failed;
         }
-    pthread_mutex_unlock(&lock);
-    return error;
+        if (error) return error;
+        if (waited >= (int)milliseconds || fake_nvml_now) return TIMEOUT;
+        usleep(50000);
+    }
 }

@@ -1,6 +1,8 @@
 """The HTTP API, through a real client."""
 
-from collections.abc import AsyncIterator
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import pyarrow as pa
@@ -8,6 +10,7 @@ import pytest
 from aiohttp.test_utils import TestClient, TestServer
 from prometheus_client.parser import text_string_to_metric_families
 
+from monitor import app
 from monitor.app import Monitor, make_app
 from monitor.gpu import Rates
 from monitor.gpus import Gpus
@@ -54,6 +57,32 @@ async def test_a_step_thins_the_timeline(client: TestClient[Any, Any], monitor: 
     assert [row["value"] for row in rows if row["gpu"] == "7"] == [1.0, 99.0]
 
 
+async def test_a_reader_that_goes_away_is_no_error_and_nothing_more_is_made_for_it(
+    client: TestClient[Any, Any], monitor: Monitor, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = 0
+
+    def endless(*_: object) -> Iterator[bytes]:
+        nonlocal made
+        while True:
+            made += 1
+            yield bytes(100_000)
+
+    monkeypatch.setattr(app, "stream", endless)
+    response = await client.get("/timeline")
+    await response.content.read(1)
+    response.close()
+    before = -1
+    while made != before:
+        before = made
+        await asyncio.sleep(0.1)
+    assert caplog.records == []
+
+
+async def test_a_timeline_is_not_made_for_its_headers_alone(client: TestClient[Any, Any]) -> None:
+    assert (await client.head("/timeline")).status == 405
+
+
 @pytest.mark.parametrize(
     ("query", "field", "value", "allowed"),
     [
@@ -77,7 +106,7 @@ async def test_a_bad_query_is_refused_with_field_value_and_what_is_allowed(
     assert allowed in error["allowed"]
 
 
-async def test_health_tells_the_rate_why_there_is_no_gpu_and_what_is_left_out(
+async def test_health_tells_the_rate_why_there_is_no_gpu_whose_processes_are_seen_and_what_is_left_out(
     client: TestClient[Any, Any], monitor: Monitor
 ) -> None:
     monitor.timeline.rings["gpu7-memory"].append({Series("no room"): 1.0})
@@ -89,13 +118,27 @@ async def test_health_tells_the_rate_why_there_is_no_gpu_and_what_is_left_out(
         "gpus": len(gpus.found),
         "gpu_reason": gpus.reason,
         "hz": 50,
+        "pid_namespace": "host" if monitor.host.processes.of_host else "own",
         "series_left_out": 1,
     }
 
 
-async def test_health_takes_no_parameters(client: TestClient[Any, Any]) -> None:
-    response = await client.get("/health?verbose=1")
+@pytest.mark.parametrize("of_host", [True, False])
+async def test_that_only_a_namespace_of_its_own_is_seen_is_said_once_at_the_start(
+    monitor: Monitor, caplog: pytest.LogCaptureFixture, of_host: bool
+) -> None:
+    monitor.host.processes.of_host = of_host
+    async with TestClient(TestServer(make_app(monitor))) as client:
+        assert (await (await client.get("/health")).json())["pid_namespace"] == ("host" if of_host else "own")
+    said = [record.message for record in caplog.records if "PID namespace of its own" in record.message]
+    assert len(said) == (0 if of_host else 1)
+
+
+@pytest.mark.parametrize("path", ["/health", "/metrics"])
+async def test_what_takes_no_parameters_refuses_them(client: TestClient[Any, Any], path: str) -> None:
+    response = await client.get(f"{path}?verbose=1")
     assert response.status == 400
+    assert (await response.json())["error"] == {"field": "verbose", "value": "1", "allowed": "no parameter"}
 
 
 async def test_health_fails_when_sampling_has_ended(client: TestClient[Any, Any], monitor: Monitor) -> None:
@@ -115,6 +158,19 @@ async def test_metrics_are_prometheus_text_with_how_long_the_last_scrape_took(cl
         took = [sample.value for sample in families["headroom_monitor_scrape_duration_seconds"].samples]
         assert len(took) == scrapes
         assert all(0 < seconds < 60 for seconds in took)
+
+
+async def test_a_scrape_does_not_hold_up_other_requests(
+    client: TestClient[Any, Any], monitor: Monitor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A scrape that waits until another request was answered comes to its end."""
+    answered = threading.Event()
+    monkeypatch.setattr(monitor.timeline, "left_out", lambda _: not answered.wait(10))
+    scrape = asyncio.ensure_future(client.get("/metrics"))
+    await asyncio.sleep(0)
+    assert (await timeline(client, until_ns=0)).num_rows == 0
+    answered.set()
+    assert "headroom_monitor_series_left_out 0.0" in await (await scrape).text()
 
 
 async def test_sampling_starts_and_ends_with_the_app(monitor: Monitor) -> None:

@@ -46,6 +46,8 @@ def test_the_program_says_what_it_watches_answers_and_ends_cleanly(running: list
         text = process.stdout.readline()
         name, url, *_ = text.split()
         assert name == "monitor:"
+        # The main thread answers requests: only the samplers may keep servers from a core.
+        assert os.sched_getscheduler(process.pid) == os.SCHED_OTHER
         with urllib.request.urlopen(f"{url}/health") as response:  # noqa: S310 - our own address
             health = json.load(response)
         assert health["hz"] == 20
@@ -59,8 +61,8 @@ def test_the_program_says_what_it_watches_answers_and_ends_cleanly(running: list
 
 
 def shows(url: str, text: str) -> bool:
-    """Ask until the text is in the answer, for 2 seconds at most."""
-    end = time.monotonic() + 2
+    """Ask until the text is in the answer, for 10 seconds at most."""
+    end = time.monotonic() + 10
     while time.monotonic() < end:
         with urllib.request.urlopen(url) as response:  # noqa: S310 - our own address
             if text in response.read().decode():

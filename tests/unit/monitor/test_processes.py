@@ -1,11 +1,13 @@
 """Processes of servers, through the real /proc where it can be made to show the case."""
 
 import os
+import resource
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from uuid import uuid4
@@ -14,10 +16,9 @@ import psutil
 import pytest
 
 from monitor import processes
-from monitor.processes import LEAST_WAIT, SCAN_EVERY_NS, Processes
+from monitor.processes import SCAN_EVERY_NS, SCANS_A_ROUND, Processes
 from monitor.timeline import Instant, Readings, Series
 
-RESIDENT = 10 * os.sysconf("SC_PAGE_SIZE")
 Start = Callable[..., subprocess.Popen[str]]
 # Says so on a line and waits for its end.
 HOLD_50_MB = "block = bytearray(b'x') * 50_000_000; print('ready', flush=True); input()"
@@ -81,6 +82,11 @@ def write(process: subprocess.Popen[str], text: str) -> None:
     process.stdin.flush()
 
 
+def wait_until_it_is_sleep(process: subprocess.Popen[str]) -> None:
+    while not Path(f"/proc/{process.pid}/cmdline").read_bytes().startswith(b"sleep\0"):
+        time.sleep(0.001)
+
+
 def count(readings: Readings, server: str) -> float | None:
     return readings.get(Series("host_processes", server))
 
@@ -132,6 +138,85 @@ def test_a_process_that_overwrote_its_environment_stays_and_its_children_are_fou
     assert server.encode() not in Path(f"/proc/{process.pid}/environ").read_bytes()
     table.scan()
     assert list(table.servers().values()).count(server) == 2
+
+
+WAIT_THEN_BECOME = 'echo ready; read line; exec env HEADROOM_SERVER="$0" sleep 60'
+
+
+@pytest.mark.parametrize("before", ["", "old"])
+@pytest.mark.parametrize("young_seconds", [1000, 0])
+def test_a_process_that_goes_on_as_another_program_goes_over_to_the_server_that_this_names(
+    start: Start, server: str, monkeypatch: pytest.MonkeyPatch, before: str, young_seconds: int
+) -> None:
+    monkeypatch.setattr(processes, "YOUNG_SECONDS", young_seconds)
+    process = start("sh", "-c", WAIT_THEN_BECOME, server, HEADROOM_SERVER=before and f"{server}-{before}")
+    line(process)
+    table = Processes()
+    table.scan()
+    assert table.servers().get(process.pid) == (f"{server}-{before}" if before else None)
+    write(process, "\n")
+    wait_until_it_is_sleep(process)
+    for _ in range(1 if young_seconds else SCANS_A_ROUND):
+        table.scan()
+    assert table.servers().get(process.pid) == server
+
+
+def test_cpu_that_was_used_for_one_server_stays_with_it_when_the_process_goes_over_to_another(
+    start: Start, server: str
+) -> None:
+    become = (
+        "import os; sum(range(3_000_000)); print('ready', flush=True); input(); os.environ['HEADROOM_SERVER'] += '-b'"
+    )
+    become += "; os.execvp('sleep', ['sleep', '60'])"
+    process = start(sys.executable, "-c", become, HEADROOM_SERVER=server)
+    child = start("sleep", "60", HEADROOM_SERVER=server)
+    line(process)
+    table = Processes()
+    first = table.read()
+    write(process, "\n")
+    wait_until_it_is_sleep(process)
+    table.scan()
+    assert table.servers()[process.pid] == f"{server}-b"
+    then = table.read()
+    cpu = [Series("host_cpu_seconds_total", name) for name in (server, f"{server}-b")]
+    total = psutil.Process(process.pid).cpu_times()
+    assert then[cpu[0]] >= first[cpu[0]] > 0.02
+    assert then[cpu[0]] + then[cpu[1]] == pytest.approx(total.user + total.system, abs=0.05)
+    assert then[cpu[1]] < first[cpu[0]]
+    child.kill()
+
+
+@contextmanager
+def no_file_to_open() -> Iterator[None]:
+    """Too many open files: the kernel refuses every other one."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    free = os.dup(0)
+    os.close(free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_while_proc_cannot_be_read_servers_are_absent_and_their_cpu_is_not_counted_again_after(
+    start: Start, server: str
+) -> None:
+    line(start(sys.executable, "-c", "sum(range(3_000_000)); print(); input()", HEADROOM_SERVER=server))
+    clock = Clock()
+    table = Processes(clock)
+    before = table.read()
+    with no_file_to_open():
+        assert not any(series.server == server for series in table.read())
+        clock.seconds = 1
+        with pytest.raises(OSError, match="Too many open files"):
+            table.read()
+    assert list(table.servers().values()).count(server) == 1
+    after = table.read()
+    cpu = Series("host_cpu_seconds_total", server)
+    assert before[cpu] > 0.02
+    assert after[cpu] == pytest.approx(before[cpu], abs=0.02)
+    assert count(after, server) == 1
 
 
 def test_a_process_that_vanished_after_the_scan_goes_away_and_its_cpu_stays(start: Start, server: str) -> None:
@@ -221,123 +306,6 @@ def test_proportional_memory_grows_with_the_process_though_shared_memory_is_not_
     assert after == pytest.approx(psutil.Process(process.pid).memory_full_info().pss, rel=0.01)
 
 
-@pytest.fixture
-def proc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A /proc with process 7 of server hf, for what real processes cannot be made to do."""
-    monkeypatch.setattr(processes, "PROC", tmp_path)
-    write_process(tmp_path, pid=7, started=1000, environ="HEADROOM_SERVER=hf\0")
-    return tmp_path
-
-
-def write_process(proc: Path, pid: int, started: int, environ: str) -> None:
-    folder = proc / str(pid)
-    folder.mkdir(exist_ok=True)
-    (folder / "environ").write_text(environ)
-    (folder / "stat").write_text(f"{pid} (a name) S) S 1 {'0 ' * 9}300 200 {'0 ' * 6}{started} 0 0")
-    (folder / "statm").write_text("90 10 0 0 0 0 0")
-    (folder / "smaps_rollup").write_text("Rss:      40 kB\nPss:      30 kB\nPss_Dirty:  20 kB\n")
-
-
-def test_a_name_with_parentheses_does_not_confuse_the_fields(proc: Path) -> None:
-    assert Processes().read() == {
-        Series("host_processes", "hf"): 1,
-        Series("host_rss_bytes", "hf"): RESIDENT,
-        Series("host_cpu_seconds_total", "hf"): 500 / os.sysconf("SC_CLK_TCK"),
-    }
-
-
-def test_another_process_with_the_pid_of_an_old_one_is_not_taken_for_it(proc: Path) -> None:
-    table = Processes()
-    assert count(table.read(), "hf") == 1
-    write_process(proc, pid=7, started=2000, environ="PATH=/bin\0")
-    read_each_once(table)
-    assert table.read() == {}
-
-
-def test_an_unreadable_environment_is_skipped(proc: Path) -> None:
-    write_process(proc, pid=8, started=1000, environ="")
-    (proc / "8" / "environ").unlink()
-    (proc / "8" / "environ").mkdir()
-    table = Processes()
-    table.scan()
-    assert table.servers() == {7: "hf"}
-
-
-def test_proportional_memory_that_the_kernel_refuses_makes_the_sum_absent_and_holds_up_no_other(proc: Path) -> None:
-    write_process(proc, pid=8, started=1000, environ="HEADROOM_SERVER=hf\0")
-    write_process(proc, pid=9, started=1000, environ="HEADROOM_SERVER=vllm\0")
-    (proc / "7" / "smaps_rollup").unlink()
-    table = Processes()
-    table.read()
-    reading = table.read_shared(max_cpu=1)
-    for _ in range(3):
-        next(reading)
-    assert pss(table, "hf") is None
-    assert pss(table, "vllm") == RESIDENT - 10 * 1024
-
-
-def test_proportional_memory_is_absent_until_every_process_has_been_read(proc: Path) -> None:
-    write_process(proc, pid=8, started=1000, environ="HEADROOM_SERVER=hf\0")
-    table = Processes()
-    table.read()
-    reading = table.read_shared(max_cpu=1)
-    seen = [pss(table, "hf"), *(pss(table, "hf") for _ in islice(reading, 2))]
-    assert seen == [None, None, 2 * (RESIDENT - 10 * 1024)]
-
-
-def test_proportional_memory_follows_resident_memory_between_readings_but_never_below_zero(proc: Path) -> None:
-    table = Processes()
-    table.read()
-    read_each_once(table)
-    seen = []
-    for pages in (10, 1000, 1):
-        (proc / "7" / "statm").write_text(f"9000 {pages} 0 0 0 0 0")
-        seen.append(pss(table, "hf"))
-    assert seen == [RESIDENT - 10 * 1024, 100 * RESIDENT - 10 * 1024, 0]
-
-
-def test_a_new_process_is_read_first_and_then_the_oldest_reading_which_the_age_is_of(proc: Path) -> None:
-    clock = Clock()
-    table = Processes(clock)
-    write_process(proc, pid=8, started=1000, environ="HEADROOM_SERVER=hf\0")
-    table.read()
-    reading, ages = table.read_shared(max_cpu=1), []
-    for clock.seconds in (1, 2):
-        next(reading)
-    write_process(proc, pid=9, started=1000, environ="HEADROOM_SERVER=vllm\0")
-    table.scan()
-    for clock.seconds in (3, 4, 5):
-        next(reading)
-        readings = table.read()
-        ages.append(tuple(readings[Series("host_pss_age_seconds", name)] for name in ("hf", "vllm")))
-    assert ages == [(2, 0), (2, 1), (1, 2)]
-
-
-@pytest.mark.parametrize("max_cpu", [0.02, 0.5, 1])
-def test_reading_shared_memory_stays_within_its_budget(
-    proc: Path, monkeypatch: pytest.MonkeyPatch, max_cpu: float
-) -> None:
-    cpu = 0.0
-
-    def costly(pid: int) -> int:
-        nonlocal cpu
-        cpu += {7: 0.5, 8: 1.5}[pid]
-        return 0
-
-    monkeypatch.setattr(processes, "_shared_bytes", costly)
-    write_process(proc, pid=8, started=1000, environ="HEADROOM_SERVER=hf\0")
-    table = Processes()
-    table.read()
-    waited = sum(islice(table.read_shared(max_cpu, cpu_clock=lambda: cpu), 10))
-    assert cpu == 10
-    assert cpu / (cpu + waited) == pytest.approx(max_cpu, rel=0.1)
-    assert cpu / (cpu + waited) <= max_cpu * 1.000001
-
-
-def test_nothing_to_read_does_not_spin(proc: Path) -> None:
-    assert next(Processes().read_shared(max_cpu=1)) == LEAST_WAIT
-
-
 def test_a_process_that_no_scan_has_seen_is_looked_up_at_once_by_its_own_environment(start: Start, server: str) -> None:
     table = Processes()
     table.scan()
@@ -355,30 +323,6 @@ def test_a_child_without_a_name_is_looked_up_by_its_parent(start: Start, server:
     assert table.server_of(child.pid) == server
 
 
-def test_a_process_of_no_server_is_looked_up_once_until_another_bears_its_pid(proc: Path) -> None:
-    write_process(proc, pid=8, started=1000, environ="PATH=/bin\0")
-    table = Processes()
-    assert table.server_of(8) is None
-    (proc / "8" / "environ").write_text("HEADROOM_SERVER=hf\0")
-    (proc / "8" / "stat").unlink()
-    assert table.server_of(8) is None
-    write_process(proc, pid=8, started=2000, environ="HEADROOM_SERVER=vllm\0")
-    before = table.generation
-    table.scan()
-    assert table.generation > before
-    assert table.server_of(8) == "vllm"
-
-
-def test_a_process_that_is_gone_belongs_to_its_server_until_the_next_scan(proc: Path) -> None:
-    table = Processes()
-    assert table.server_of(7) == "hf"
-    for name in ("environ", "stat"):
-        (proc / "7" / name).unlink()
-    assert table.server_of(7) == "hf"
-    table.scan()
-    assert table.server_of(7) is None
-
-
 def test_threads_and_open_files_agree_with_psutil(start: Start, server: str) -> None:
     more = "import threading; threading.Thread(target=input).start(); files = [open('/dev/null') for _ in range(9)]"
     process = start(
@@ -390,9 +334,3 @@ def test_threads_and_open_files_agree_with_psutil(start: Start, server: str) -> 
     readings, truth = table.read_details(), psutil.Process(process.pid)
     assert readings[Series("host_threads", server)] == truth.num_threads() == 2
     assert readings[Series("host_open_files", server)] == truth.num_fds() == 12
-
-
-def test_open_files_that_the_kernel_refuses_are_absent_and_threads_are_not(proc: Path) -> None:
-    table = Processes()
-    table.scan()
-    assert table.read_details() == {Series("host_threads", "hf"): 0.0}

@@ -1,8 +1,9 @@
 """The schedule of samples."""
 
 import logging
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from itertools import pairwise
 
@@ -10,7 +11,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from monitor.sampler import CALM_REVIEWS, SECOND, STALE_NS, Governor, Sampler, Schedule, Source
+from monitor.sampler import (
+    CALM_REVIEWS,
+    SECOND,
+    STALE_NS,
+    Clocks,
+    Governor,
+    Sampler,
+    Schedule,
+    Source,
+    sampling_cpu_seconds,
+)
+
+WALL_NS = 10**18
 
 
 class Machine:
@@ -20,22 +33,30 @@ class Machine:
         self.time_ns, self.cpu_ns = 10**12, 0
         self.began: list[int] = []
         self.lateness: list[float] = []
+        self.behind: list[int] = []
         self._cost_ns = cost_ns
-        self.schedule = Schedule(hz, self._tick, max_cpu, lambda: self.time_ns, lambda: self.cpu_ns / SECOND)
+        self.governor = Governor(max_cpu, hz) if max_cpu else None
+        clocks = Clocks(lambda: self.time_ns, lambda: self.time_ns + WALL_NS)
+        self.schedule = Schedule(hz, self._tick, self.governor, clocks)
 
     def _tick(self, lateness: float) -> bool:
         self.began.append(self.time_ns - 10**12)
         self.lateness.append(lateness)
+        self.behind.append(self.schedule.behind)
         cost = self._cost_ns(len(self.began))
         self.time_ns += cost
         self.cpu_ns += cost
         return True
 
     def run(self, seconds: float) -> "Machine":
+        reviewed = 0
         for wait in self.schedule.steps():
             self.time_ns += round(wait * SECOND)
             if self.time_ns - 10**12 >= seconds * SECOND:
                 return self
+            if self.governor and self.time_ns - reviewed >= SECOND:
+                reviewed = self.time_ns
+                self.governor.review(self.time_ns, self.cpu_ns / SECOND, self.cpu_ns / SECOND)
         raise AssertionError("a schedule has no end")
 
 
@@ -69,6 +90,39 @@ def test_a_reading_that_outlasts_the_period_makes_the_next_late_and_those_it_cov
     assert machine.lateness == [0, 0.025, 0, 0, 0, 0]
 
 
+def test_the_missed_ticks_are_counted_and_their_lateness_can_be_told_from_that_of_the_next() -> None:
+    machine = Machine(100, lambda number: 35_000_000 if number % 10 == 1 else 0).run(1)
+    assert machine.schedule.samples == len(machine.began)
+    assert machine.schedule.missed == sum(machine.behind)
+    # Each moment of the grid has a tick that was taken at it or after it.
+    every = sorted(
+        (began - round((late - 0.01 * number) * SECOND), round((late - 0.01 * number) * SECOND))
+        for began, late, behind in zip(machine.began, machine.lateness, machine.behind, strict=True)
+        for number in range(behind + 1)
+    )
+    assert [due for due, _ in every] == list(range(0, SECOND, SECOND // 100))
+    assert all(0 <= late <= 25_000_000 for _, late in every)
+    assert sum(late > 0 for _, late in every) / len(every) > sum(late > 0 for late in machine.lateness) / len(every)
+
+
+@pytest.mark.parametrize("hz", [1, 10, 100, 1000])
+def test_the_rate_is_that_of_the_ticks_that_were_taken(hz: int) -> None:
+    assert Machine(hz, lambda _: 0).run(10).schedule.hz == pytest.approx(hz)
+    slow = Machine(hz, lambda _: 3 * SECOND // hz).run(10)
+    assert slow.schedule.wanted_hz == hz
+    assert slow.schedule.hz == pytest.approx(hz / 3, rel=0.5 if hz < 10 else 0.02)
+
+
+def test_the_rate_falls_to_nothing_while_a_tick_hangs() -> None:
+    machine = Machine(100, lambda _: 0).run(5)
+    rates = []
+    for _ in range(100):
+        machine.time_ns += SECOND
+        rates.append(machine.schedule.hz)
+    assert all(after < before for before, after in pairwise(rates[2:]))
+    assert rates[-1] < 2
+
+
 def test_a_sleep_that_ends_early_takes_no_sample() -> None:
     machine = Machine(10, lambda _: 0)
     steps = machine.schedule.steps()
@@ -82,7 +136,8 @@ def test_a_source_that_needs_too_much_cpu_takes_fewer_samples_and_says_so_once(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     machine = Machine(1000, lambda _: 100_000, max_cpu=0.02).run(20)
-    assert machine.schedule.hz == 125
+    assert machine.schedule.hz == pytest.approx(125)
+    assert machine.schedule.missed == 0
     assert len([began for began in machine.began if began >= 19 * SECOND]) == 125
     assert [record.levelno for record in caplog.records] == [logging.WARNING]
     assert "--max-cpu" in caplog.text
@@ -93,21 +148,40 @@ def test_it_goes_faster_again_when_there_has_been_room_for_long() -> None:
     machine: Machine
     machine = Machine(1000, lambda _: 50_000 if machine.time_ns < 10**12 + dear_until * SECOND else 1000, max_cpu=0.02)
     machine.run(5 + CALM_REVIEWS)
-    assert machine.schedule.hz == 250
+    assert machine.schedule.hz == pytest.approx(250, rel=0.01)
     machine.run(2 * CALM_REVIEWS + 10)
-    assert machine.schedule.hz == 1000
+    assert machine.schedule.hz == pytest.approx(1000, rel=0.01)
 
 
 def test_a_rate_without_a_budget_stays() -> None:
-    assert Machine(1000, lambda _: 900_000).run(5).schedule.hz == 1000
+    assert Machine(1000, lambda _: 900_000).run(5).schedule.hz == pytest.approx(1000)
 
 
-@given(st.lists(st.floats(0, 1), max_size=200), st.integers(1, 1000))
-def test_a_governor_never_stops_a_source_nor_exceeds_the_wanted_rate(shares: list[float], hz: int) -> None:
+def test_slow_schedules_give_way_only_when_the_fastest_has_come_down_to_them() -> None:
+    governor = Governor(0.02, 1000)
+    assert [governor.divider_of(hz) for hz in (1000, 20)] == [1, 1]
+    for _ in range(6):
+        governor.decide(0.5, 0.5)
+    assert [governor.divider_of(hz) for hz in (1000, 20)] == [64, 2]
+
+
+def test_the_fast_schedules_keep_half_of_the_budget_when_all_else_takes_too_much(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    governor = Governor(0.02, 1000)
+    for _ in range(20):
+        governor.decide(0.3 + 0.04 / governor.divider, 0.04 / governor.divider)
+    assert governor.divider == 4
+    assert "processes and the dear values of GPUs" in caplog.text
+
+
+@given(st.lists(st.floats(0, 1), max_size=200), st.integers(1, 1000), st.integers(1, 1000))
+def test_a_governor_never_stops_a_source_nor_exceeds_the_wanted_rate(shares: list[float], hz: int, other: int) -> None:
     governor = Governor(0.02, hz)
     for share in shares:
-        governor.review(share)
+        governor.decide(share, share)
         assert 1 <= governor.divider <= hz
+        assert 1 <= governor.divider_of(min(other, hz)) <= min(other, hz)
 
 
 def test_a_source_is_up_while_its_last_good_tick_is_recent() -> None:
@@ -116,21 +190,80 @@ def test_a_source_is_up_while_its_last_good_tick_is_recent() -> None:
     assert not source.up(machine.time_ns)
     machine.run(1)
     assert machine.schedule.success_ns is not None
+    assert source.success_wall_ns == machine.schedule.success_ns + WALL_NS
     assert source.up(machine.schedule.success_ns + STALE_NS)
     assert not source.up(machine.schedule.success_ns + STALE_NS + 1)
 
 
 def test_a_tick_that_fails_is_no_success() -> None:
-    schedule = Schedule(10, lambda _: False, clock=lambda: 0)
+    schedule = Schedule(10, lambda _: False, clocks=Clocks(lambda: 0))
     next(schedule.steps())
+    assert schedule.success_ns is schedule.success_wall_ns is None
+
+
+def test_a_tick_that_raises_is_no_success_is_logged_once_and_does_not_end_the_schedule(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    time_ns = 10**12
+    broken = True
+
+    def tick(_: float) -> bool:
+        if broken:
+            raise KeyError("a bug")
+        return True
+
+    schedule = Schedule(10, tick, clocks=Clocks(lambda: time_ns))
+    steps = schedule.steps()
+    for _ in range(5):
+        time_ns += round(next(steps) * SECOND)
+    assert schedule.samples == 5
     assert schedule.success_ns is None
+    assert len(caplog.records) == 1
+    broken = False
+    next(steps)
+    assert schedule.success_ns == time_ns
 
 
-def test_the_cpu_of_a_source_is_that_of_all_its_schedules() -> None:
-    machines = [Machine(10, lambda _: 1_000_000).run(3) for _ in range(2)]
-    source = Source("gpu0", machines[0].schedule, (machines[1].schedule,))
-    assert source.cpu_seconds == pytest.approx(2 * machines[0].schedule.cpu_seconds)
-    assert source.cpu_seconds > 0
+def busy(seconds: float) -> Iterator[float]:
+    """Use so much CPU, then do nothing."""
+    yield 0
+    end = time.thread_time() + seconds
+    while time.thread_time() < end:
+        pass
+    while True:
+        yield 0.01
+
+
+def test_the_cpu_of_all_sampling_is_that_of_its_threads_and_of_no_other() -> None:
+    samplers = [Sampler(f"sampler-{number}", busy(0.05)) for number in range(2)]
+    source = Source("gpu0", Schedule(1, lambda _: True), samplers)
+    before, all_before = sampling_cpu_seconds(), time.process_time()
+    for sampler in samplers:
+        sampler.start()
+    deadline = time.monotonic() + 5
+    while source.cpu_seconds < 0.1:
+        # The CPU of this loop is the test's.
+        assert time.monotonic() < deadline
+    assert sampling_cpu_seconds() - before == pytest.approx(source.cpu_seconds, abs=0.01)
+    assert source.cpu_seconds < time.process_time() - all_before - 0.02
+    for sampler in samplers:
+        sampler.stop()
+    assert source.cpu_seconds >= 0.1
+
+
+def test_only_samplers_go_before_other_processes() -> None:
+    asked: list[int] = []
+
+    def step() -> Iterator[float]:
+        asked.append(os.sched_getscheduler(0))
+        yield 0
+
+    sampler = Sampler("fast", step())
+    sampler.start()
+    sampler.join()
+    allowed = os.geteuid() == 0
+    assert asked == [os.SCHED_RR if allowed else os.SCHED_OTHER]
+    assert os.sched_getscheduler(0) == os.SCHED_OTHER
 
 
 def test_a_wait_longer_than_the_system_can_count_ends_with_stop() -> None:

@@ -76,6 +76,21 @@ def test_rows_carry_both_clocks_and_null_for_what_does_not_apply(clock: Clock) -
     ]
 
 
+def test_values_stay_with_their_series_when_a_column_is_given_to_another(clock: Clock) -> None:
+    timeline = Timeline(clock)
+    ring = timeline.ring("host", 4, 2)
+    series = {name: Series(name) for name in "abc"}
+    stays, leaves, comes = series.values()
+    for clock.time_ns in range(12):
+        ring.append({leaves if clock.time_ns < 5 else comes: clock.time_ns, stays: -clock.time_ns})
+        kept = range(max(0, clock.time_ns - 3), clock.time_ns + 1)
+        expected = {(moment, "a", -float(moment)) for moment in kept}
+        expected |= {(moment, "b", float(moment)) for moment in kept if moment < 5}
+        # There is room for it once the other is forgotten.
+        expected |= {(moment, "c", float(moment)) for moment in kept if moment >= 9}
+        assert set(rows(table(timeline.rings, 0, 100))) == expected
+
+
 @pytest.mark.parametrize("until_ns", [0, 100])
 @pytest.mark.parametrize("step_ns", [None, 10])
 def test_the_stream_has_the_same_columns_with_and_without_rows(
