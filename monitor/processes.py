@@ -17,8 +17,8 @@ from monitor.timeline import Clock, Readings, Series, now
 SCAN_EVERY_NS = 800_000_000
 # The environment of a process is read in each scan while it is young, and then in one of so many (every 30 s).
 YOUNG_SECONDS, SCANS_A_ROUND = 10, 37
-# Seconds between readings of shared memory, however cheap they are.
-LEAST_WAIT = 0.1
+# Seconds between two looks at whose shared memory to read, however cheap or dear the last reading was.
+LEAST_WAIT, MOST_WAIT = 0.1, 1.0
 # More ancestors than any process has that is not a fork bomb.
 MAX_ANCESTORS = 64
 
@@ -159,17 +159,22 @@ class Processes:
     def read_shared(self, max_cpu: float, cpu_clock: Callable[[], float] = time.thread_time) -> Iterator[float]:
         """Read the shared memory of one process after another, new ones first, then the one read longest ago.
 
-        Yields the seconds to wait before the next, such that all this takes at most `max_cpu` of one core.
+        Yields the seconds to wait before the next step, such that all this takes at most `max_cpu` of one core over
+        time. New ones do not wait, because until then their server shows nothing: the others wait longer for it.
         """
-        before = cpu_clock()
+        before, owed = cpu_clock(), 0.0
         while True:
             if members := self._members:
-                pid = min(members, key=lambda pid: members[pid].shared_ns)
-                process = members[pid]
-                process.shared_ns, process.shared_bytes = self._clock().time_ns, procfs.shared_bytes(pid)
+                oldest = min(members, key=lambda pid: members[pid].shared_ns)
+                process = members[oldest]
+                if not owed or process.shared_ns < 0:
+                    process.shared_ns, process.shared_bytes = self._clock().time_ns, procfs.shared_bytes(oldest)
             after = cpu_clock()
-            yield max(LEAST_WAIT, (after - before) * (1 / max_cpu - 1))
+            owed += (after - before) * (1 / max_cpu - 1)
             before = after
+            wait = min(max(LEAST_WAIT, owed), MOST_WAIT)
+            yield wait
+            owed = max(0.0, owed - wait)
 
     def _proportional(self, resident_bytes: Mapping[int, int]) -> Readings:
         """Estimate the PSS (bytes) of each server, and tell the age (seconds) of the oldest reading behind it.

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from monitor import procfs
-from monitor.processes import LEAST_WAIT, SCANS_A_ROUND, Processes
+from monitor.processes import LEAST_WAIT, MOST_WAIT, SCANS_A_ROUND, Processes
 from monitor.timeline import Series
 from tests.unit.monitor.test_processes import Clock, count, pss, read_each_once
 
@@ -127,10 +127,38 @@ def test_reading_shared_memory_stays_within_its_budget(
     write_process(proc, pid=8, started=1000, environ="HEADROOM_SERVER=hf\0")
     table = Processes()
     table.read()
-    waited = sum(islice(table.read_shared(max_cpu, cpu_clock=lambda: cpu), 10))
-    assert cpu == 10
-    assert cpu / (cpu + waited) == pytest.approx(max_cpu, rel=0.1)
-    assert cpu / (cpu + waited) <= max_cpu * 1.000001
+    reading, waited = table.read_shared(max_cpu, cpu_clock=lambda: cpu), 0.0
+    while cpu < 100:
+        waited += next(reading)
+    # What the last one costs is waited for after it.
+    assert 0.9 * max_cpu <= (cpu - 1.5) / (cpu - 1.5 + waited) <= 1.01 * max_cpu
+
+
+def test_new_processes_do_not_wait_for_what_others_cost(proc: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[int] = []
+    cpu = 0.0
+
+    def costly(pid: int) -> int:
+        nonlocal cpu
+        cpu += 1.0
+        read.append(pid)
+        return 0
+
+    monkeypatch.setattr(procfs, "shared_bytes", costly)
+    write_process(proc, pid=8, started=1000, environ="HEADROOM_SERVER=hf\0")
+    table = Processes()
+    table.read()
+    reading = table.read_shared(0.01, cpu_clock=lambda: cpu)
+    waited = sum(islice(reading, 3))
+    assert (sorted(read), waited) == ([7, 8], 3 * MOST_WAIT)
+    write_process(proc, pid=9, started=1000, environ="HEADROOM_SERVER=vllm\0")
+    table.scan()
+    next(reading)
+    assert read[2:] == [9]
+    waited += MOST_WAIT
+    while len(read) == 3:
+        waited += next(reading)
+    assert 3 * 99 <= waited <= 3 * 99 + 2 * MOST_WAIT
 
 
 def test_nothing_to_read_does_not_spin(proc: Path) -> None:
