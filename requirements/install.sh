@@ -7,9 +7,10 @@ pip() { "$PYTHON" -m pip --quiet --disable-pip-version-check "$@"; }
 case $1 in
 cpu)
     # By itself and first, so that nothing else brings a CUDA build of torch along.
-    if ! pip install torch==2.13.0+cpu; then
-        echo "torch 2.13.0+cpu is not in the package indexes that pip knows. PyTorch publishes it in an index of its" >&2
-        echo "own for CPU builds: see 'Get started' on pytorch.org, set PIP_EXTRA_INDEX_URL to it and run make again." >&2
+    if ! pip install -r requirements/torch-cpu.txt; then
+        echo "$(tail -n 1 requirements/torch-cpu.txt) is not in the package indexes that pip knows. PyTorch publishes it" >&2
+        echo "in an index of its own for CPU builds: see 'Get started' on pytorch.org, set PIP_EXTRA_INDEX_URL to it and" >&2
+        echo "run make again." >&2
         exit 1
     fi
     pip install --no-deps -r requirements/cpu.txt

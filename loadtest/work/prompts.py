@@ -72,8 +72,10 @@ def _order(size: int, seed: int) -> tuple[int, int]:
 def load_tokenizer(name: str) -> Tokenizer:
     """Load the tokenizer of a Hugging Face id or folder; raises ValueError that names the option."""
     # Here, because it takes seconds and most runs send token ids.
-    from transformers import AutoTokenizer
-
+    try:
+        from transformers import AutoTokenizer
+    except ImportError:
+        raise ValueError(f"tokenizer: {name!r}: needs the package transformers, which is not installed here") from None
     try:
         tokenizer: Tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
