@@ -31,8 +31,8 @@ class Settings(BaseSettings):
         gt=0,
         le=1,
         description="share of a core for all sampling, of GPUs and of the host; rather than take more, GPUs are "
-        "sampled less often, but keep half of it when the rest needs more; shared memory (PSS) gets a quarter at most; "
-        "answering /timeline and /metrics is not part of it",
+        "sampled less often, but keep half of it when the rest needs more; shared memory (PSS) gets a quarter over "
+        "time; answering /timeline and /metrics is not part of it",
     )
 
     @model_validator(mode="after")
