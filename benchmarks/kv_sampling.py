@@ -90,12 +90,16 @@ def sampling(server: str, url: str, path: Path) -> Iterator[None]:
         raise RunError(f"the sampler of {server} ended with {process.exitcode}; what it said is above")
 
 
+def bodies(options: Options, seed: int) -> Iterator[JSON]:
+    """Requests without end."""
+    return (request.body(options.model) for request in paper(Load(workload="alpaca", max_context=512, seed=seed)))
+
+
 def throughput(options: Options, url: str, round_: int) -> float:
     """Output tokens per second of a server under load, without the beginning of the cell."""
-    requests = paper(Load(workload="alpaca", max_context=512, seed=round_))
-    bodies = (request.body(options.model) for request in requests)
     started = time.monotonic_ns()
-    results = [read(e) for e in asyncio.run(closed_loop(url, bodies, options.users, options.cell_seconds))]
+    exchanges = asyncio.run(closed_loop(url, bodies(options, round_), options.users, options.cell_seconds))
+    results = [read(exchange) for exchange in exchanges]
     begin, finish = (started + int(s * 1e9) for s in (options.warmup_seconds, options.cell_seconds))
     if errors := {result.error for result in results if result.error}:
         raise RunError(f"{len(errors)} kinds of errors, one of them: {errors.pop()}")

@@ -1,19 +1,22 @@
 """`python -m benchmarks.monitor`: what the monitor costs, how late its samples are, and what it does to a server.
 
-Each rate has a monitor of its own. Its CPU is that of the whole process, HTTP server and host included, and beside it
-that of the threads which sample the GPUs; without a GPU only the host is sampled. `nvidia-smi --loop-ms`, where there
-is one, asks for the same memory as often as it can at that rate. An exporter that the user has installed is scraped
-as the monitor is. The CPU of a scrape is what scrapes cost beyond the share that goes on without them.
+All servers are resident and under load while a monitor is measured. Each rate has a monitor of its own. Its CPU is
+that of the whole process, HTTP server and host included, and beside it that of the threads which sample the GPUs;
+without a GPU only the host is sampled. `nvidia-smi --loop-ms`, where there is one, asks for the same memory as often
+as it can at that rate. An exporter that the user has installed is scraped as the monitor is. The CPU of a scrape is
+what scrapes cost beyond the share that goes on without them.
 """
 
 import argparse
+import asyncio
 import json
+import multiprocessing
 import shutil
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,7 +27,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks import kv_sampling, serving
 from benchmarks.peers.watchers import EXPORTER, HOW, cpu_seconds, exporter_cost, nvidia_smi, quantiles, scrape_cost
-from benchmarks.serving import JSON, Servers
+from benchmarks.serving import JSON, Servers, closed_loop
 from experiment.environment import describe
 from experiment.stack import Program, RunError, end, get
 
@@ -76,6 +79,7 @@ def cost(hz: int, seconds: float, program: Program) -> JSON:
     share = sum(seconds for source, seconds in used.items() if source != "host") / wall
     return {
         "hz": hz,
+        "memory": memory(sampling),
         "gpus": len(gpus),
         "samples_per_second": ticks / wall,
         "samples_missed": len(late) - ticks,
@@ -85,6 +89,16 @@ def cost(hz: int, seconds: float, program: Program) -> JSON:
         "lateness_seconds": quantiles(late),
         **scrape_cost(program, cpu / wall),
     }
+
+
+def memory(samples: dict[tuple[str, ...], float]) -> JSON:
+    """Bytes in use on each GPU, and those of each server's processes on it; `unattributed` is the rest."""
+    used, part = "headroom_gpu_memory_used_bytes", "headroom_gpu_process_memory_bytes"
+    gpus: JSON = {key[1]: {"used": value, "parts": {}} for key, value in samples.items() if key[0] == used}
+    for key, value in samples.items():
+        if key[0] == part:
+            gpus[key[1]]["parts"][key[2]] = value
+    return gpus
 
 
 def scrape(program: Program) -> dict[tuple[str, ...], float]:
@@ -119,13 +133,35 @@ def slowdown(bench: Bench, servers: Servers) -> list[JSON]:
     """Throughput of each server without and with a monitor of the highest rate, in A B B A order."""
     rows = []
     for server in bench.load.servers:
-        program = servers.start(server, bench.load.command(server), serving.environment(bench.load.model))
-        servers.wait()
+        program = servers.programs[server]
         found = kv_sampling.paired(bench.load, program, lambda _: watching(bench.hz[-1], servers))
         rows.append({"server": server, "hz": bench.hz[-1], **found})
         print(slowed(rows[-1]), flush=True)
-        servers.stop()
     return rows
+
+
+@contextmanager
+def loaded(load: kv_sampling.Options, urls: Sequence[str]) -> Iterator[None]:
+    """Keep all servers under load from a process of its own; raises RunError when it did not last."""
+    process = multiprocessing.get_context("spawn").Process(target=send, args=(load, urls), daemon=True)
+    process.start()
+    try:
+        yield
+        if process.exitcode is not None:
+            raise RunError(f"the load on the servers ended with {process.exitcode}; what it said is above")
+    finally:
+        process.kill()
+        process.join()
+
+
+def send(load: kv_sampling.Options, urls: Sequence[str]) -> None:
+    """Send requests to all servers, as many in flight at each, until killed; runs in a process of its own."""
+
+    async def all_of_them() -> None:
+        requests = (kv_sampling.bodies(load, seed) for seed in range(len(urls)))
+        await asyncio.gather(*(closed_loop(*one, load.users) for one in zip(urls, requests, strict=True)))
+
+    asyncio.run(all_of_them())
 
 
 @contextmanager
@@ -161,6 +197,16 @@ def slowed(found: JSON) -> str:
     return f"{found['server']}: throughput with the monitor at {found['hz']} Hz over that without: {said}"
 
 
+def held(gpus: JSON) -> str:
+    """Who holds the memory of each GPU, and what share of it is nobody's."""
+    lines = []
+    for gpu, one in gpus.items():
+        parts = ", ".join(f"{server} {size / 1e9:.2f} GB" for server, size in one["parts"].items())
+        share = one["parts"].get("unattributed", 0.0) / one["used"]
+        lines.append(f"GPU {gpu}: {one['used'] / 1e9:.2f} GB in use; {parts} ({share:.2%} unattributed)")
+    return "\n".join(lines) or "no GPU: no memory by server on one"
+
+
 HEAD = """| asked | samples/s (missed) | CPU | for GPUs | a sample | late ms p50, p99, max | scrape ms | its CPU |
 |---|---|---|---|---|---|---|---|"""
 
@@ -185,12 +231,19 @@ def beside(bench: Bench, logs: Path, found: JSON) -> None:
 def run(bench: Bench, found: JSON) -> None:
     """Measure all, print as it comes, and add it to `found`; raises RunError."""
     with tempfile.TemporaryDirectory() as name, Servers(Path(name), START_SECONDS) as servers:
+        for server in bench.load.servers:
+            known = serving.environment(bench.load.model) | {"HEADROOM_SERVER": server}
+            servers.start(server, bench.load.command(server), known)
+            servers.wait()  # vLLM measures how much memory is free: the others must have taken theirs by then
+        urls = [program.url for program in servers.programs.values()]
         print(HEAD)
-        for hz in bench.hz:
-            with monitor(hz, servers) as program:
-                found["monitor"].append(cost(hz, bench.seconds, program))
-            print(line(found["monitor"][-1]), flush=True)
-        beside(bench, Path(name), found)
+        with loaded(bench.load, urls) if urls else nullcontext():
+            for hz in bench.hz:
+                with monitor(hz, servers) as program:
+                    found["monitor"].append(cost(hz, bench.seconds, program))
+                print(line(found["monitor"][-1]), flush=True)
+            print(held(found["monitor"][-1]["memory"]), flush=True)
+            beside(bench, Path(name), found)
         found["slowdown"] = slowdown(bench, servers)
 
 

@@ -1,31 +1,25 @@
 """One GPU or MIG device: what is sampled of it, into which rings, and what becomes of errors."""
 
 import logging
-import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
 import pynvml
 
-from monitor.nvml import DEAR, FAST, LOST, SLOW, UNSUPPORTED, Call, Device, Memory, Reader, Values
+from monitor.fast import Fast
+from monitor.nvml import DEAR, FAST, LOST, SLOW, UNSUPPORTED, Call, Device, Values
 from monitor.processes import Processes
-from monitor.sampler import CLOCKS, SECOND, Clocks, Governor, Sampler, Schedule, Source
+from monitor.sampler import CLOCKS, SECOND, Clocks, Governor, Sampler, Schedule, Source, within
 from monitor.timeline import Ring, Series, Timeline
 
 log = logging.getLogger(__name__)
 
-UNATTRIBUTED = "unattributed"
-MAX_SERVERS = 16
-PROCESSES_HZ, SLOW_HZ, DEAR_HZ = 100, 20, 1
-UNKNOWN_BYTES = 2**64 - 1
-# In the order in which `Reader.memory` answers them.
-MEMORY_PARTS = ("total", "reserved", "free", "used")
-USED = MEMORY_PARTS.index("used")
-NO_MEMORY: Memory = (math.nan, math.nan, math.nan, math.nan)
-NONE_MISSED = math.nan
+PROCESSES_HZ, SLOW_HZ, DEAR_HZ = 100, 10, 1
+# Of all that sampling may take, what each dear call may.
+DEAR_SHARE = 0.1
 # Lines about one call, so that one that flaps does not fill the log.
 MAX_LINES = 20
 # A call that is not supported is tried again after so long; a device is lost when its main call fails for so long.
@@ -34,7 +28,6 @@ RETRY_NS, FAILING_NS = 60 * SECOND, 5 * SECOND
 THROTTLED_NS = 2 * SECOND
 
 Answer = TypeVar("Answer")
-Running = Iterable[tuple[int, int, int, int]]
 
 
 @dataclass(frozen=True)
@@ -47,7 +40,7 @@ class Rates:
 
     @property
     def processes_hz(self) -> int:
-        """How often the processes are sampled."""
+        """How often the processes are sampled at most: as long as the memory in use changes."""
         return min(self.hz, PROCESSES_HZ)
 
     @property
@@ -179,7 +172,7 @@ class Gpu:
 
     def _fast(self, sampling: Sampling) -> Schedule:
         fast = Fast(self, sampling)
-        self._sampled("fast", fast.schedule, fast.rings)
+        self._sampled("fast", fast.schedule.steps(), fast.rings)
         return fast.schedule
 
     def _slow(self, sampling: Sampling) -> Schedule:
@@ -187,7 +180,7 @@ class Gpu:
         ring = sampling.timeline.ring(f"gpu{self.gpu}-slow", sampling.rates.seconds * hz, 12)
         schedule = Schedule(hz, partial(self._read, "slow", SLOW, ring), sampling.governor, sampling.clocks)
         self.errors.update(dict.fromkeys(SLOW, 0))
-        self._sampled("slow", schedule, [ring])
+        self._sampled("slow", schedule.steps(), [ring])
         return schedule
 
     def _dear(self, sampling: Sampling) -> Schedule:
@@ -197,13 +190,13 @@ class Gpu:
             # Each has one value, or one of each of two kinds.
             ring = sampling.timeline.ring(f"gpu{self.gpu}-{name}", sampling.rates.seconds * DEAR_HZ, 2)
             schedule = Schedule(DEAR_HZ, partial(self._read, name, {name: call}, ring), clocks=sampling.clocks)
-            self._sampled(name, schedule, [ring])
+            self._sampled(name, within(sampling.rates.max_cpu * DEAR_SHARE, schedule.steps()), [ring])
         return schedule
 
-    def _sampled(self, tier: str, schedule: Schedule, rings: list[Ring]) -> None:
+    def _sampled(self, tier: str, steps: Iterator[float], rings: list[Ring]) -> None:
         self.rings += rings
         self.busy[tier] = False
-        sampler = Sampler(f"gpu{self.gpu}-{tier}", schedule.steps())
+        sampler = Sampler(f"gpu{self.gpu}-{tier}", steps)
         self.samplers.append(sampler)
         if tier in ("fast", "slow"):
             self.governed.append(sampler)
@@ -247,107 +240,3 @@ def _main(device: Device) -> list[str]:
     calls = FAST if "fast" in device.tiers else tuple(SLOW)
     supported = [name for name in calls if name not in device.unsupported]
     return supported[:1] if "fast" in device.tiers else supported
-
-
-class Fast:
-    """Reads the memory, and less often the processes, with as little work as Python allows.
-
-    The parts, of each server and `unattributed`, add up to what the device has in use. Where NVML counts more for the
-    processes than the device has in use, as it may when they share memory, what is unattributed is below zero.
-    """
-
-    def __init__(self, gpu: Gpu, sampling: Sampling) -> None:
-        timeline, rates = sampling.timeline, sampling.rates
-        self.schedule = Schedule(rates.hz, self.tick, sampling.governor, sampling.clocks)
-        self._gpu = gpu
-        self._processes = sampling.processes
-        self._clock = sampling.clocks.time_ns
-        self._memory_ring = timeline.ring(f"gpu{gpu.gpu}-memory", rates.seconds * rates.hz, 6)
-        self._parts_ring = timeline.ring(f"gpu{gpu.gpu}-processes", rates.seconds * rates.processes_hz, MAX_SERVERS + 1)
-        self.rings = [self._memory_ring, self._parts_ring]
-        for part in MEMORY_PARTS:
-            self._memory_ring.keep(Series(f"gpu_memory_{part}_bytes", gpu=gpu.gpu))
-        for name in ("monitor_sample_lateness_seconds", "monitor_samples_missed"):
-            self._memory_ring.keep(Series(name, detail=f"gpu{gpu.gpu}"))
-        self._rest = self._parts_ring.keep(Series("gpu_process_memory_bytes", UNATTRIBUTED, gpu.gpu))
-        self._no_parts = [math.nan] * (MAX_SERVERS + 1)
-        gpu.errors.update(dict.fromkeys(FAST, 0))
-        self._device: Device | None = None
-        self._reader: Reader | None = None
-        # Of each process its column, as long as neither the servers nor the columns change.
-        self._columns: dict[int, int] = {}
-        self._known_for: tuple[int, object] = (-1, None)
-        # A tenth less, so that a tick that is a little early is not passed over.
-        self._every_ns = SECOND * 9 // 10 // rates.processes_hz
-        self._next_ns = 0
-
-    def tick(self, lateness: float) -> bool:
-        """Read the device; answer whether that went well."""
-        gpu = self._gpu
-        # In this order: whoever detaches the device sees either that a call may be under way or that none will begin.
-        gpu.busy["fast"] = True
-        try:
-            device = gpu.device
-            if device is None:
-                return False
-            if device is not self._device or self._reader is None:
-                self._device, self._reader = device, Reader(device.handle)
-            memory, well = gpu.attempt("memory", device, self._reader.memory), False
-            time_ns = self._clock()
-            if time_ns >= self._next_ns and gpu.device is device:
-                self._next_ns = time_ns + self._every_ns
-                memory, well = self._read_parts(device, self._reader, memory)
-            if gpu.device is device:
-                self._memory_ring.put((*(memory or NO_MEMORY), lateness, self.schedule.behind or NONE_MISSED))
-            return memory is not None or (well and "memory" in device.unsupported)
-        finally:
-            gpu.busy["fast"] = False
-
-    def _read_parts(self, device: Device, reader: Reader, memory: Memory | None) -> tuple[Memory | None, bool]:
-        """Keep what each server has, and the rest; answer the memory that they add up to, and success."""
-        for _ in range(2):
-            running = self._gpu.attempt("processes", device, reader.processes)
-            if running is None:
-                if self._gpu.device is device:
-                    self._parts_ring.clear()
-                return memory, False
-            parts, known = self._parts(running)
-            if memory is None or known <= memory[USED]:
-                break
-            # They have grown since the device was read: read that again. Less than before? Then all again.
-            memory = self._gpu.attempt("memory", device, reader.memory)
-            if memory is None or known <= memory[USED]:
-                break
-        if memory:
-            parts[self._rest] = memory[USED] - known
-        if self._gpu.device is device:
-            self._parts_ring.put(parts)
-        return memory, True
-
-    def _parts(self, running: Running) -> tuple[list[float], float]:
-        """Sum the memory (bytes) by server, and that of all servers whose memory is known.
-
-        The memory of a process may be unknown (under MIG, in WSL, without permission): then its server's is absent,
-        not zero.
-        """
-        known_for = self._processes.generation, self._parts_ring.columns
-        if known_for[0] != self._known_for[0] or known_for[1] is not self._known_for[1]:
-            self._known_for, self._columns = known_for, {}
-        sums: dict[int, float] = {}
-        for pid, size, _, _ in running:
-            column = self._columns.get(pid)
-            if column is None:
-                column = self._columns[pid] = self._part(self._processes.server_of(pid))
-            if column != self._rest:
-                sums[column] = sums.get(column, 0.0) + (math.nan if size == UNKNOWN_BYTES else size)
-        row, known = self._no_parts.copy(), 0.0
-        for column, total in sums.items():
-            row[column] = total
-            known += 0.0 if math.isnan(total) else total
-        return row, known
-
-    def _part(self, server: str | None) -> int:
-        """Answer the column of a server; that of the rest for what is of no server, or of one too many."""
-        series = Series("gpu_process_memory_bytes", server or UNATTRIBUTED, self._gpu.gpu)
-        column = self._parts_ring.column(series)
-        return self._rest if column is None else column

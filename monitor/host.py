@@ -3,7 +3,8 @@
 import time
 from dataclasses import dataclass
 
-from monitor.gpu import MAX_SERVERS, Rates
+from monitor.fast import MAX_SERVERS
+from monitor.gpu import Rates
 from monitor.processes import Processes
 from monitor.sampler import Sampler, Schedule, Source
 from monitor.timeline import Series, Timeline

@@ -19,6 +19,8 @@ SCAN_EVERY_NS = 800_000_000
 YOUNG_SECONDS, SCANS_A_ROUND = 10, 37
 # Seconds between two looks at whose shared memory to read, however cheap or dear the last reading was.
 LEAST_WAIT, MOST_WAIT = 0.1, 1.0
+# What a process shares changes slowly: it is not read again within this time.
+SHARED_NS = 1_000_000_000
 # More ancestors than any process has that is not a fork bomb.
 MAX_ANCESTORS = 64
 
@@ -166,9 +168,9 @@ class Processes:
         while True:
             if members := self._members:
                 oldest = min(members, key=lambda pid: members[pid].shared_ns)
-                process = members[oldest]
-                if not owed or process.shared_ns < 0:
-                    process.shared_ns, process.shared_bytes = self._clock().time_ns, procfs.shared_bytes(oldest)
+                process, now_ns = members[oldest], self._clock().time_ns
+                if process.shared_ns < 0 or (not owed and now_ns - process.shared_ns >= SHARED_NS):
+                    process.shared_ns, process.shared_bytes = now_ns, procfs.shared_bytes(oldest)
             after = cpu_clock()
             owed += (after - before) * (1 / max_cpu - 1)
             before = after

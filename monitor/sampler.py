@@ -79,6 +79,17 @@ class Sampler(threading.Thread):
             self._cpu_seconds, self._cpu_clock = time.thread_time(), None
 
 
+def within(
+    max_cpu: float, steps: Iterator[float], cpu_clock: Callable[[], float] = time.thread_time
+) -> Iterator[float]:
+    """Wait longer after steps that take more than a share of a core, but not until what they read is stale."""
+    before = cpu_clock()
+    for seconds in steps:
+        after = cpu_clock()
+        yield max(seconds, min((after - before) * (1 / max_cpu - 1), STALE_NS / SECOND / 2))
+        before = after
+
+
 def sampling_cpu_seconds() -> float:
     """CPU that all samplers of this process have used.
 

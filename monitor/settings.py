@@ -21,9 +21,10 @@ class Settings(BaseSettings):
         100,
         ge=1,
         le=1000,
-        description="samples of the memory of each GPU a second; of its processes up to 100, of utilization, power, "
-        "clocks, throttling and temperature up to 20, of the servers' processes on the host up to 10; energy, PCIe, "
-        "NVLink and ECC are read once a second",
+        description="samples of the memory of each GPU a second; of its processes up to 100 while that changes and "
+        "else 10, of utilization, power, clocks, throttling and temperature up to 10, of the servers' processes on "
+        "the host up to 10; energy, PCIe, NVLink and ECC are read once a second, or seldomer where they take more "
+        "than a tenth of --max-cpu each",
     )
     minutes: int = Field(30, ge=1, le=1440, description="how long samples are kept, in memory that is taken at once")
     max_cpu: float = Field(

@@ -109,8 +109,21 @@ def overcount() -> Figures:
     return {series.server: value / GIB for series, value in ring.latest(0).items() if series.server}
 
 
+def changing() -> Figures:
+    """Memory stands still for 10 s, then a spike of 3 ms, then it changes with every millisecond of a second."""
+    made = script().add("device 0", 80 * GIB).add("process 0 0", os.getpid(), GIB).add("memory 0 0", 2 * GIB)
+    made.add("memory 10.0005 0", 5 * GIB).add("memory 10.0035 0", 2 * GIB)
+    for millisecond in range(1000):
+        made.add(f"memory {11 + millisecond / 1000}", 0, 2 * GIB + (millisecond + 1) % 2)
+    simulation = Simulation(made, Rates(hz=1000, max_cpu=1.0, seconds=60)).run(13)
+    ring = simulation.timeline.rings["gpu0-processes"]
+    read = [ring.time_ns(number) / SECOND for number in range(*ring.bounds())]
+    return {"calm": [at for at in read if at < 10], "spike": [at for at in read if 10 <= at < 10.02], "read": read}
+
+
 SCENARIOS = {
-    run.__name__: run for run in (taken_away, fails_for_ever, unknown_error, mig, supported_later, throttled, overcount)
+    run.__name__: run
+    for run in (taken_away, fails_for_ever, unknown_error, mig, supported_later, throttled, overcount, changing)
 }
 
 if __name__ == "__main__":

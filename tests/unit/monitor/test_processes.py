@@ -104,10 +104,10 @@ def read_each_once(table: Processes) -> None:
 class Clock:
     """Stands still until told."""
 
-    seconds = 0
+    seconds: float = 0
 
     def __call__(self) -> Instant:
-        return Instant(self.seconds * 1_000_000_000, 0)
+        return Instant(round(self.seconds * 1e9), 0)
 
 
 def test_a_process_belongs_to_the_server_its_environment_names(start: Start, server: str) -> None:

@@ -125,10 +125,12 @@ def test_reading_shared_memory_stays_within_its_budget(
 
     monkeypatch.setattr(procfs, "shared_bytes", costly)
     write_process(proc, pid=8, started=1000, environ="HEADROOM_SERVER=hf\0")
-    table = Processes()
+    clock = Clock()
+    table = Processes(clock)
     table.read()
     reading, waited = table.read_shared(max_cpu, cpu_clock=lambda: cpu), 0.0
     while cpu < 100:
+        clock.seconds = cpu + waited
         waited += next(reading)
     # What the last one costs is waited for after it.
     assert 0.9 * max_cpu <= (cpu - 1.5) / (cpu - 1.5 + waited) <= 1.01 * max_cpu
@@ -146,7 +148,8 @@ def test_new_processes_do_not_wait_for_what_others_cost(proc: Path, monkeypatch:
 
     monkeypatch.setattr(procfs, "shared_bytes", costly)
     write_process(proc, pid=8, started=1000, environ="HEADROOM_SERVER=hf\0")
-    table = Processes()
+    clock = Clock()
+    table = Processes(clock)
     table.read()
     reading = table.read_shared(0.01, cpu_clock=lambda: cpu)
     waited = sum(islice(reading, 3))
@@ -157,8 +160,21 @@ def test_new_processes_do_not_wait_for_what_others_cost(proc: Path, monkeypatch:
     assert read[2:] == [9]
     waited += MOST_WAIT
     while len(read) == 3:
+        clock.seconds = waited
         waited += next(reading)
     assert 3 * 99 <= waited <= 3 * 99 + 2 * MOST_WAIT
+
+
+def test_what_was_read_within_the_second_is_not_read_again(proc: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[float] = []
+    clock = Clock()
+    monkeypatch.setattr(procfs, "shared_bytes", lambda _: read.append(clock.seconds))
+    table = Processes(clock)
+    table.read()
+    reading = table.read_shared(max_cpu=1, cpu_clock=lambda: 0.0)
+    for clock.seconds in (0, 0.5, 0.999, 1, 1.5, 2):
+        next(reading)
+    assert read == [0, 1, 2]
 
 
 def test_nothing_to_read_does_not_spin(proc: Path) -> None:
