@@ -2,9 +2,9 @@
 
 All servers are resident and under load while a monitor is measured. Each rate has a monitor of its own. Its CPU is
 that of the whole process, HTTP server and host included, and beside it that of the threads which sample the GPUs;
-without a GPU only the host is sampled. `nvidia-smi --loop-ms`, where there is one, asks for the same memory as often
-as it can at that rate. An exporter that the user has installed is scraped as the monitor is. The CPU of a scrape is
-what scrapes cost beyond the share that goes on without them.
+without a GPU only the host is sampled. A bare loop and `nvidia-smi --loop-ms`, where there is a GPU, ask for the same
+memory as often as they can at that rate. An exporter that the user has installed is scraped as the monitor is. The CPU
+of a scrape is what scrapes cost beyond the share that goes on without them.
 """
 
 import argparse
@@ -26,7 +26,16 @@ import pyarrow.compute as pc
 from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks import kv_sampling, serving
-from benchmarks.peers.watchers import EXPORTER, HOW, cpu_seconds, exporter_cost, nvidia_smi, quantiles, scrape_cost
+from benchmarks.peers.watchers import (
+    EXPORTER,
+    HOW,
+    bare_loop,
+    cpu_seconds,
+    exporter_cost,
+    nvidia_smi,
+    quantiles,
+    scrape_cost,
+)
 from benchmarks.serving import JSON, Servers, closed_loop
 from experiment.environment import describe
 from experiment.stack import Program, RunError, end, get
@@ -216,6 +225,9 @@ def beside(bench: Bench, logs: Path, found: JSON) -> None:
     theirs = shutil.which("nvidia-smi")
     if theirs is None:
         print("nvidia-smi: not found, so it is not beside the monitor")
+    for hz in bench.hz if found["monitor"][-1]["gpus"] else ():
+        found["bare_loop"].append(one := bare_loop(hz, bench.seconds))
+        print(f"a bare loop at {hz} Hz: {one['samples_per_second']:.1f} samples/s, {one['cpu_share']:.2%} of a core")
     for hz in bench.hz if theirs else ():
         found["nvidia_smi"].append(one := nvidia_smi(str(theirs), hz, bench.seconds))
         print(f"nvidia-smi at {hz} Hz: {one['samples_per_second']:.1f} samples/s, {one['cpu_share']:.2%} of a core")
@@ -264,7 +276,7 @@ def parse(arguments: Sequence[str]) -> tuple[Bench, Path | None]:
 def main() -> int:
     """Run the benchmark; 1 when a program failed. What was measured before an interruption is kept."""
     bench, out = parse(sys.argv[1:])
-    found: JSON = {"monitor": [], "nvidia_smi": [], "exporter": None, "slowdown": []}
+    found: JSON = {"monitor": [], "bare_loop": [], "nvidia_smi": [], "exporter": None, "slowdown": []}
     try:
         run(bench, found)
     except RunError as error:

@@ -1,9 +1,12 @@
-"""Others that watch a GPU beside the monitor: `nvidia-smi`, and an exporter for Prometheus.
+"""Others that watch a GPU beside the monitor: a bare loop, `nvidia-smi`, and an exporter for Prometheus.
+
+The bare loop is the least that sampling takes in Python: it sleeps, and asks NVML for the memory of one GPU.
 
 nvitop-exporter reads NVML as the monitor does, about once a second. The user installs it, see HOW; nothing is put into
 the project's own environment. Exporters that start `nvidia-smi` for each scrape cost what that costs.
 """
 
+import multiprocessing
 import signal
 import socket
 import subprocess
@@ -11,6 +14,8 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
@@ -18,8 +23,10 @@ from typing import Any
 
 import numpy as np
 import psutil
+import pynvml
 
 from experiment.stack import Program, RunError, end, get, spawn
+from monitor.nvml import Reader
 
 JSON = dict[str, Any]
 
@@ -59,6 +66,27 @@ def scrape_cost(program: Program, cpu_share: float) -> JSON:
         time.sleep(SCRAPE_SECONDS)
     wall, cpu = time.monotonic() - begun, cpu_seconds(program.process.pid) - before
     return {"scrape_seconds": quantiles(times), "cpu_seconds_per_scrape": max(0.0, cpu - cpu_share * wall) / SCRAPES}
+
+
+def bare_loop(hz: int, seconds: float) -> JSON:
+    """What it takes to ask for nothing but the memory of the first GPU, in a process of its own; raises RunError."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        try:
+            return pool.submit(_loop, hz, seconds).result()
+        except (pynvml.NVMLError, BrokenProcessPool) as error:
+            raise RunError(f"the bare loop could not ask NVML: {error}") from None
+
+
+def _loop(hz: int, seconds: float) -> JSON:
+    pynvml.nvmlInit()
+    reader = Reader(pynvml.nvmlDeviceGetHandleByIndex(0))
+    begun, cpu, samples = time.monotonic(), time.thread_time(), 0
+    while (now := time.monotonic()) < begun + seconds:
+        reader.memory()
+        samples += 1
+        time.sleep(max(0.0, begun + samples / hz - now))
+    wall = time.monotonic() - begun
+    return {"hz": hz, "samples_per_second": samples / wall, "cpu_share": (time.thread_time() - cpu) / wall}
 
 
 def nvidia_smi(program: str, hz: int, seconds: float) -> JSON:

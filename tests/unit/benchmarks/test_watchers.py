@@ -91,3 +91,8 @@ def test_an_exporter_that_ends_is_an_error_with_its_log(tmp_path: Path) -> None:
     failing = program(tmp_path / "one", "print('no NVML', flush=True)\nraise SystemExit(1)")
     with pytest.raises(RunError, match=r"one ended with code 1(.|\n)*no NVML"):
         watchers.exporter_cost(failing, tmp_path / "log", 0.1)
+
+
+def test_without_nvml_the_bare_loop_says_so() -> None:
+    with pytest.raises(RunError, match="NVML"):
+        watchers.bare_loop(10, 1)
