@@ -1,10 +1,10 @@
 """Whether a cell was steady: figures of its window, and the trend of its throughput and of its TTFT inside it.
 
 The window is cut into PARTS, each at least as long as a request takes from its first token to its last, so that
-neighbours are nearly independent; in a cell that is too short for that, or in which no request was sent in one of
-them, nothing is said. A line is fitted to the means
-of the parts. A cell has drifted where the line rises or falls by more than CHANGE of the mean over the window and the
-t-test of its slope says that this is not chance. Small trends, which a long enough cell always shows, do not count.
+neighbours are nearly independent; nothing is said of a cell that is too short for that, or that has a part in which no
+request was sent. A line is fitted to the means of the parts. A cell has drifted where the line rises or falls by more
+than CHANGE of the mean over the window and the t-test of its slope says that this is not chance. Small trends, which a
+long enough cell always shows, do not count.
 """
 
 from collections.abc import Iterator, Mapping
