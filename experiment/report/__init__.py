@@ -9,9 +9,9 @@ import jinja2
 
 from experiment.analysis import analyse
 from experiment.report import charts, layers
+from experiment.report.charts import NAMES
 from experiment.results import JSON, Results, damage_named, load, write_tables
 
-NAMES = {"hf": "HF", "vllm": "vLLM"}
 LAYERS = {"device": "device", "process": "process", "host": "host, PSS", "allocator": "torch"}
 REASONS = ("reserved", "padding", "finished", "fragmentation")
 METRICS = {
