@@ -16,7 +16,7 @@ def judge(results: Results, measured: Mapping[int, Steady]) -> Iterator[JSON]:
     """Hold a run against each rule: its `id`, its name as `rule`, whether it `passed`, and what was `found`.
 
     `measured` is what happened inside the window of each cell, by its index. The cells of a search for the saturation
-    are there to be overloaded, and may be stopped when they are: of them only the speed of the load generator is judged.
+    are there to be overloaded, and are stopped when they are: of them only the load generator's speed is judged.
     """
     cells = [cell for cell in results.cells if not cell.search]
     planned = [
