@@ -9,7 +9,15 @@ from experiment.results import JSON
 
 Chart = alt.LayerChart | alt.FacetChart
 
-NAMES = {"hf": "HF", "vllm": "vLLM"}
+
+class Names(dict[str, str]):
+    """How the page calls a target: by its own name, where it has no better one."""
+
+    def __missing__(self, target: str) -> str:
+        return target
+
+
+NAMES = Names(hf="HF", vllm="vLLM")
 COLORS = {"HF": "#d97706", "vLLM": "#2563eb"}
 # Readable on a light and on a dark page.
 INK, GRID = "#7d8590", "#7d859040"
@@ -29,7 +37,7 @@ def draw(summary: JSON) -> dict[str, str]:
 
 def _throughput(summary: JSON) -> Chart | None:
     rows = [
-        {"server": NAMES[target], "concurrency": level["concurrency"], "value": value}
+        {"server": NAMES[target], "concurrency": level["level"], "value": value}
         for level in summary["levels"]
         for target, figures in level["targets"].items()
         for value in figures["output_throughput"]
@@ -44,7 +52,7 @@ def _throughput(summary: JSON) -> Chart | None:
 
 def _latency(summary: JSON, metric: str, title: str) -> Chart | None:
     rows = [
-        {"server": NAMES[target], "concurrency": level["concurrency"]}
+        {"server": NAMES[target], "concurrency": level["level"]}
         | {name: figures[metric][name] * 1e3 for name in ("p50", "p99")}
         for level in summary["levels"]
         for target, figures in level["targets"].items()
