@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -11,7 +12,10 @@ from pydantic_settings import CliApp, SettingsError
 from rich.console import Console
 
 from experiment.compare import INTERRUPTED, compare, up, write_report
+from experiment.diff import diff
 from experiment.doctor import doctor
+from experiment.gate import gate
+from experiment.listing import list_runs
 from experiment.plan import Plan
 from experiment.results import ResultError
 
@@ -20,6 +24,9 @@ USAGE = """usage: headroom COMMAND [options]
   compare      start both servers here, load each in turn, write a report
   up           start both servers, the monitor and Locust's web UI, until Ctrl-C
   report DIR   write the report of a run again, from its records alone
+  diff DIR DIR compare two runs metric by metric
+  list [DIR]   list the runs in a folder, results if none is given
+  gate         run a plan, or take a run, and judge it by limits and a baseline run: 0 passed, 1 failed, 2 invalid
   calibrate    find the rate up to which this machine's load generator tells the truth
   doctor       say what this machine has, and what to do about what is missing
 
@@ -36,6 +43,9 @@ def main() -> None:
         "compare": lambda rest: compare(_plan(rest), console),
         "up": lambda rest: up(_plan(rest), console),
         "report": _report,
+        "diff": lambda rest: _reading(diff, rest),
+        "list": lambda rest: _reading(list_runs, rest),
+        "gate": lambda rest: _reading(partial(gate, plan_of=_plan), rest),
         "calibrate": lambda rest: subprocess.call([sys.executable, "-m", "loadtest.calibrate", *rest]),
         "doctor": _doctor,
     }
@@ -75,6 +85,13 @@ def _doctor(arguments: Sequence[str]) -> int:
     if arguments:
         return _say(f"doctor: takes no arguments, got {arguments[0]!r}", BAD_INPUT)
     return doctor(_plan([]), console)
+
+
+def _reading(command: Callable[..., int], arguments: Sequence[str]) -> int:
+    try:
+        return command(arguments, console=console)
+    except (ResultError, OSError) as error:
+        return _say(error, BAD_INPUT)
 
 
 def _report(arguments: Sequence[str]) -> int:

@@ -19,12 +19,12 @@ FAILED, INTERRUPTED = 1, 130
 LOCUST_PORT = 8089
 
 
-def compare(plan: Plan, console: Console) -> int:
+def compare(plan: Plan, console: Console, folder: Path | None = None) -> int:
     """Run a comparison and write its report; returns 0, 1 when it failed, or 130 after Ctrl-C.
 
-    Whatever ends it, what was measured is kept and reported as partial.
+    Whatever ends it, what was measured is kept and reported as partial. `folder` is that of the run, if not a new one.
     """
-    folder = Path(plan.out) / f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
+    folder = folder or new_folder(plan)
     try:
         for name, port in ports_of(plan).items():
             require_free(f"--{name}-port", port)
@@ -41,6 +41,11 @@ def compare(plan: Plan, console: Console) -> int:
         console.print(f"What was measured is kept; to write the report: headroom report {folder}", markup=False)
         return code or FAILED
     return code
+
+
+def new_folder(plan: Plan) -> Path:
+    """Where a run that begins now is kept."""
+    return Path(plan.out) / f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
 
 
 def up(plan: Plan, console: Console) -> int:

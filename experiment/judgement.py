@@ -1,0 +1,136 @@
+"""The rules that `headroom gate` holds a run against: the run's own, its limits, and how far it may fall behind.
+
+Nothing is judged when the evidence is missing: a run that is not valid, or cannot be compared with its baseline, is
+neither passed nor failed.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from experiment.results import JSON, damage_named
+from experiment.rules import Rules, more_is_better
+from experiment.two_runs import Change, Key, Run, changes, differences, level_name, ratio, show, targets
+
+Outcome = Literal["passed", "failed", "invalid"]
+
+
+@dataclass(frozen=True)
+class Ruling:
+    """One rule and what became of it; `group` is what it is about. One of a metric has the figures, in words."""
+
+    group: str
+    rule: str
+    outcome: Outcome
+    found: str
+    metric: str = ""
+    limit: str = ""
+    baseline: str = ""
+    now: str = ""
+    ratio: str = ""
+
+
+def judge(run: Run, baseline: Run, rules: Rules) -> Iterator[Ruling]:
+    """Hold a run against every rule."""
+    with damage_named(baseline.folder):
+        yield from _validity("baseline", baseline)
+    with damage_named(run.folder):
+        yield from _validity("run", run)
+        yield from _comparable(baseline, run)
+        names = rules.targets or targets(run)[1:] or targets(run)
+        for level in run.summary["levels"]:
+            for name in names:
+                yield from _limits((_number(level), name), level["targets"].get(name), run, rules)
+        yield from _regressions(baseline, run, rules, names)
+
+
+def verdict(rulings: Sequence[Ruling]) -> Outcome:
+    """Invalid when any rule could not be judged, else failed when any failed."""
+    outcomes = {one.outcome for one in rulings}
+    return "invalid" if "invalid" in outcomes else "failed" if "failed" in outcomes else "passed"
+
+
+def _validity(name: str, run: Run) -> Iterator[Ruling]:
+    for found in run.summary["gates"]:
+        yield Ruling(f"{name} is valid", found["rule"], "passed" if found["passed"] else "invalid", found["found"])
+    state, reason = run.summary["state"], run.summary["reason"]
+    whole: Outcome = "passed" if state == "complete" else "invalid"
+    yield Ruling(f"{name} is valid", "the run came to its planned end", whole, reason or state)
+
+
+def _comparable(baseline: Run, run: Run) -> Iterator[Ruling]:
+    against = [one for one in differences(baseline, run) if one.matters]
+    told = "; ".join(f"{one.what}: {one.first} -> {one.second}" if one.first else one.second for one in against)
+    outcome: Outcome = "invalid" if against else "passed"
+    rule = "both runs have the same model, workload, requests and hardware"
+    yield Ruling("run and baseline are comparable", rule, outcome, told or "the same")
+
+
+def _limits(key: Key, figures: JSON | None, run: Run, rules: Rules) -> Iterator[Ruling]:
+    group = _group(key, run)
+    for metric, limit in rules.limits.items():
+        now, least = _figure(figures, metric), more_is_better(metric)
+        told = f"at {'least' if least else 'most'} {show(metric, limit)}"
+        kept = None if now is None else now >= limit if least else now <= limit
+        yield _limit(group, metric, told, kept, "" if now is None else show(metric, now))
+    limits = {name: value for name, value in (run.results.plan.get("limits") or {}).items() if value}
+    if limits:
+        wanted, now = run.results.plan["attainment"], (figures or {}).get("attainment")
+        metric = f"share of the requests within {', '.join(f'{name} {show(name, limits[name])}' for name in limits)}"
+        kept = None if now is None else now >= wanted
+        yield _limit(group, metric, f"at least {wanted * 100:g} %", kept, "" if now is None else f"{now * 100:.2f} %")
+
+
+def _limit(group: str, metric: str, limit: str, kept: bool | None, now: str) -> Ruling:
+    outcome: Outcome = "invalid" if kept is None else "passed" if kept else "failed"
+    told = {"invalid": "there is no such figure", "passed": "kept", "failed": "not kept"}[outcome]
+    return Ruling(group, f"{metric}: {limit}", outcome, told, metric, limit, now=now)
+
+
+def _regressions(baseline: Run, run: Run, rules: Rules, names: Sequence[str]) -> Iterator[Ruling]:
+    found = {(one.level, one.target, one.metric): one for one in changes(baseline, run, rules.metrics)}
+    for level in run.summary["levels"]:
+        for name in names:
+            for metric in rules.metrics:
+                key = (_number(level), name)
+                yield _regression(_group(key, run), metric, found.get((*key, metric)), rules.allowed_regression)
+
+
+def _regression(group: str, metric: str, change: Change | None, allowed: float) -> Ruling:
+    """A regression counts when the whole interval is beyond what is allowed."""
+    limit = f"at most {allowed * 100:g} % worse"
+
+    def ruling(outcome: Outcome, told: str, **figures: str) -> Ruling:
+        return Ruling(group, f"{metric}: {limit} than the baseline", outcome, told, metric, limit, **figures)
+
+    if change is None:
+        return ruling("invalid", "there is no such figure in both runs")
+    figures = {"baseline": show(metric, change.first), "now": show(metric, change.second), "ratio": ratio(change)}
+    if change.low is None or change.high is None:
+        return ruling("invalid", "no interval: both runs need two repeats", **figures)
+    if change.high < 1 - allowed:
+        return ruling("failed", "worse than allowed", **figures)
+    if change.low >= 1 - allowed:
+        return ruling("passed", "worse, as allowed" if change.verdict == "worse" else change.verdict, **figures)
+    told = "worse, but not surely more than allowed" if change.verdict == "worse" else change.verdict
+    return ruling("passed", f"{told}; {(1 - change.low) * 100:.0f} % worse is not excluded", **figures)
+
+
+def _number(level: JSON) -> float:
+    return float(level["level"] if "level" in level else level["concurrency"])
+
+
+def _group(key: Key, run: Run) -> str:
+    return f"{key[1]} at {level_name(run, key[0])}"
+
+
+def _figure(figures: JSON | None, metric: str) -> float | None:
+    """A figure of a level over all of its repeats; None where there is none."""
+    if figures is None:
+        return None
+    if more_is_better(metric):
+        value = figures[f"{metric}_mean"]
+    else:
+        latency, statistic = metric.rsplit("_", 1)
+        value = (figures[latency] or {}).get(statistic)
+    return None if value is None else float(value)
