@@ -1,5 +1,6 @@
 """The `headroom` command."""
 
+import argparse
 import signal
 import subprocess
 import sys
@@ -7,22 +8,22 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-from pydantic import ValidationError
-from pydantic_settings import CliApp, SettingsError
 from rich.console import Console
 
-from experiment.compare import INTERRUPTED, compare, up, write_report
+from experiment.compare import INTERRUPTED, compare, resume, up, write_report
 from experiment.diff import diff
 from experiment.doctor import doctor
 from experiment.gate import gate
 from experiment.listing import list_runs
+from experiment.parts import ResumeError
 from experiment.plan import Plan
 from experiment.results import ResultError
+from experiment.settings import PlanError, read_plan
 
 USAGE = """usage: headroom COMMAND [options]
 
-  compare      start both servers here, load each in turn, write a report
-  up           start both servers, the monitor and Locust's web UI, until Ctrl-C
+  compare      start the servers here, load each in turn, write a report; --resume DIR goes on with a run
+  up           start the servers, the monitor and Locust's web UI, until Ctrl-C
   report DIR   write the report of a run again, from its records alone
   diff DIR DIR compare two runs metric by metric
   list [DIR]   list the runs in a folder, results if none is given
@@ -30,7 +31,7 @@ USAGE = """usage: headroom COMMAND [options]
   calibrate    find the rate up to which this machine's load generator tells the truth
   doctor       say what this machine has, and what to do about what is missing
 
-headroom compare --help lists the options of compare; up takes the same ones.
+headroom compare --help lists the options of compare, which plan.yaml may hold too; up takes the same ones.
 """
 BAD_INPUT = 2
 
@@ -40,7 +41,7 @@ console = Console(highlight=False, soft_wrap=True)
 def main() -> None:
     """Run the command that the first argument names."""
     commands: dict[str, Callable[[Sequence[str]], int]] = {
-        "compare": lambda rest: compare(_plan(rest), console),
+        "compare": _compare,
         "up": lambda rest: up(_plan(rest), console),
         "report": _report,
         "diff": lambda rest: _reading(diff, rest),
@@ -69,16 +70,27 @@ def _say(message: object, code: int) -> int:
     return code
 
 
+def _compare(arguments: Sequence[str]) -> int:
+    found = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    found.add_argument("--resume")
+    given, others = found.parse_known_args(arguments)
+    if given.resume is None:
+        return compare(_plan(arguments), console)
+    if others:
+        return _say(f"--resume: takes no other option, as the plan is that of the run; got {others[0]!r}", BAD_INPUT)
+    try:
+        return resume(Path(given.resume), console)
+    except ResumeError as error:
+        return _say(error, BAD_INPUT)
+
+
 def _plan(arguments: Sequence[str]) -> Plan:
     try:
-        return CliApp.run(Plan, cli_args=list(arguments))
-    except ValidationError as error:
-        for problem in error.errors():
-            option = "--" + str(problem["loc"][0] if problem["loc"] else "").replace("_", "-")
-            _say(f"{option}: {problem['input']!r}: {problem['msg']}", BAD_INPUT)
+        return read_plan(arguments)
+    except PlanError as error:
+        for line in str(error).splitlines():
+            _say(line, BAD_INPUT)
         raise SystemExit(BAD_INPUT) from None
-    except SettingsError as error:
-        raise SystemExit(_say(error, BAD_INPUT)) from None
 
 
 def _doctor(arguments: Sequence[str]) -> int:

@@ -9,11 +9,12 @@ from pathlib import Path
 
 from rich.console import Console
 
-from experiment.environment import describe
+from experiment import parts
+from experiment.cell import LOCUSTFILE, flags, user_of, workload_options
 from experiment.plan import Plan
 from experiment.results import ResultError
-from experiment.run import LOCUSTFILE, flags, run_cells, workload_options, write_json
-from experiment.stack import RunError, Stack, end, ports_of, require_free, spawn
+from experiment.run import run_plan
+from experiment.stack import RunError, Stack, end, option_of, ports_of, require_free, spawn
 
 FAILED, INTERRUPTED = 1, 130
 LOCUST_PORT = 8089
@@ -26,12 +27,36 @@ def compare(plan: Plan, console: Console, folder: Path | None = None) -> int:
     """
     folder = folder or new_folder(plan)
     try:
-        for name, port in ports_of(plan).items():
-            require_free(f"--{name}-port", port)
-        _open(folder, plan)
+        _require_ports(plan)
+        parts.begin(folder, plan)
     except (RunError, OSError) as error:
         return _fail(error, FAILED)
-    code = _run(plan, folder, console)
+    return _compare(plan, folder, console)
+
+
+def new_folder(plan: Plan) -> Path:
+    """Where a run that begins now is kept."""
+    return Path(plan.out) / f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
+
+
+def resume(folder: Path, console: Console) -> int:
+    """Go on with a run that was stopped, from its first cell that is not complete; returns as `compare` does.
+
+    Raises ResumeError when it cannot be resumed.
+    """
+    plan, part = parts.read(folder)
+    try:
+        _require_ports(plan)
+        parts.resume(folder, part)
+    except (RunError, OSError) as error:
+        return _fail(error, FAILED)
+    console.print(f"Going on with {folder}; its complete cells are kept.", markup=False)
+    return _compare(plan, folder, console, part)
+
+
+def _compare(plan: Plan, folder: Path, console: Console, part: int = 1) -> int:
+    with parts.held(folder):
+        code = _run(plan, folder, console, part)
     if not any((folder / "cells").iterdir()):
         return code
     try:
@@ -40,20 +65,23 @@ def compare(plan: Plan, console: Console, folder: Path | None = None) -> int:
         _fail(error, FAILED, folder)
         console.print(f"What was measured is kept; to write the report: headroom report {folder}", markup=False)
         return code or FAILED
+    if code:
+        console.print(f"To go on: headroom compare --resume {folder}", markup=False)
     return code
 
 
-def new_folder(plan: Plan) -> Path:
-    """Where a run that begins now is kept."""
-    return Path(plan.out) / f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
+def _require_ports(plan: Plan) -> None:
+    for name, port in ports_of(plan).items():
+        require_free(option_of(plan, name), port)
 
 
 def up(plan: Plan, console: Console) -> int:
     """Start the servers, the monitor and Locust's web UI, and keep them up until Ctrl-C or until one ends."""
     logs = Path(plan.out) / f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-up"
     try:
-        for name, port in ports_of(plan).items():
-            require_free(f"--{name}-port", port)
+        if plan.resident == "one":
+            raise RunError("--resident: one: expected all, as all servers are up at once")
+        _require_ports(plan)
         require_free("the port of Locust's web UI", LOCUST_PORT)
         logs.mkdir(parents=True)
         with Stack(plan, logs, partial(console.print, markup=False)) as stack:
@@ -75,20 +103,12 @@ def write_report(folder: Path, console: Console) -> None:
     console.print(f"The report is at {folder / 'report.html'}", markup=False)
 
 
-def _open(folder: Path, plan: Plan) -> None:
-    (folder / "logs").mkdir(parents=True)
-    (folder / "cells").mkdir()
-    write_json(folder / "plan.json", plan.model_dump())
-    write_json(folder / "environment.json", describe())
-    _write_status(folder, "running", "the run did not come to its end")
-
-
-def _run(plan: Plan, folder: Path, console: Console) -> int:
+def _run(plan: Plan, folder: Path, console: Console, part: int) -> int:
     try:
         with Stack(plan, folder / "logs", partial(console.print, markup=False)) as stack:
             stack.start()
-            run_cells(plan, stack, folder, console)
-        _write_status(folder, "complete", None)
+            run_plan(plan, stack, folder, console, part)
+        parts.write_status(folder, "complete", None)
     except KeyboardInterrupt:
         return _stopped(folder, "interrupted by the user", INTERRUPTED)
     except (RunError, OSError) as error:
@@ -100,12 +120,8 @@ def _stopped(folder: Path, why: object, code: int) -> int:
     """Say why a run ended before its plan did, on the screen and in its folder."""
     _fail(why, code, folder)
     with suppress(OSError):  # a full disk: the folder says "running", which is read as partial too
-        _write_status(folder, "partial", str(why))
+        parts.write_status(folder, "partial", str(why))
     return code
-
-
-def _write_status(folder: Path, state: str, reason: str | None) -> None:
-    write_json(folder / "status.json", {"state": state, "reason": reason})
 
 
 def _fail(why: object, code: int, folder: Path | None = None) -> int:
@@ -116,7 +132,10 @@ def _fail(why: object, code: int, folder: Path | None = None) -> int:
 
 
 def _serve_web_ui(plan: Plan, stack: Stack, logs: Path, console: Console) -> int:
-    options = workload_options(plan, stack) | {"seed": plan.seed, "web-port": LOCUST_PORT}
+    # The load test knows one server of each kind: the first.
+    urls = {f"{user_of(target)}-url": stack.programs[target.name].url for target in reversed(plan.targets)}
+    model = plan.model if not any(target.url for target in plan.targets) else ""
+    options = workload_options(plan, stack) | urls | {"model": model, "seed": plan.seed, "web-port": LOCUST_PORT}
     locust = spawn([sys.executable, "-m", "locust", "-f", str(LOCUSTFILE), *flags(options)], logs / "locust.log", {})
     console.print(f"Locust's web UI: http://127.0.0.1:{LOCUST_PORT}   stop everything: Ctrl-C")
     try:

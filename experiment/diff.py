@@ -12,7 +12,7 @@ from rich.markup import escape
 from experiment import stats
 from experiment.options import Options
 from experiment.results import JSON, damage_named
-from experiment.rules import THROUGHPUT
+from experiment.rules import RATES
 from experiment.two_runs import (
     METHODS,
     Change,
@@ -27,7 +27,7 @@ from experiment.two_runs import (
     show,
 )
 
-SHOWN = (THROUGHPUT, *(f"{latency}_{which}" for latency in stats.LATENCIES for which in ("mean", "p99")))
+SHOWN = (*RATES, *(f"{latency}.{which}" for latency in stats.LATENCIES for which in ("mean", "p99")))
 
 
 def diff(arguments: Sequence[str], console: Console) -> int:

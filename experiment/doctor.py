@@ -15,6 +15,7 @@ from rich.table import Table
 
 from experiment.environment import find_gpus, installed
 from experiment.plan import Plan
+from experiment.stack import option_of, ports_of
 
 Mark = Literal["ok", "note", "missing"]
 STYLES = {"ok": "green", "note": "yellow", "missing": "red"}
@@ -118,12 +119,11 @@ def _memory() -> Finding:
 
 
 def _ports(plan: Plan) -> Iterator[Finding]:
-    for option in ("hf_port", "vllm_port", "monitor_port"):
-        port = getattr(plan, option)
+    for name, port in ports_of(plan).items():
         with socket.socket() as probe:
             taken = probe.connect_ex(("127.0.0.1", port)) == 0
-        flag = "--" + option.replace("_", "-")
         if taken:
-            yield Finding(f"port {port}", "missing", "in use", f"end the program there, or use {flag}")
+            advice = f"end the program there, or use {option_of(plan, name)}"
+            yield Finding(f"port {port}", "missing", "in use", advice)
         else:
             yield Finding(f"port {port}", "ok", "free")

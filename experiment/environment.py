@@ -75,3 +75,9 @@ def find_gpus() -> tuple[list[dict[str, Any]], str | None]:
 
 def _text(value: str | bytes) -> str:
     return value.decode() if isinstance(value, bytes) else value
+
+
+def boot_id() -> str:
+    """Which start of the machine this is: CLOCK_MONOTONIC begins anew with each."""
+    path = Path("/proc/sys/kernel/random/boot_id")
+    return path.read_text().strip() if path.exists() else str(int(psutil.boot_time()))

@@ -1,60 +1,85 @@
 """The rules that make a comparison valid, each with what was found. Evidence that is missing fails a rule."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
 
 from experiment import stats
-from experiment.plan import TARGETS
-from experiment.results import JSON, CellResult, Results, pairs
+from experiment.results import JSON, CellResult, Results, pairs, targets
 
 # More than these are not listed one by one.
 LISTED = 20
 
 
-def judge(results: Results) -> Iterator[JSON]:
-    """Hold a run against each rule: its name as `rule`, whether it `passed`, and what was `found`."""
+def judge(results: Results, drifts: Mapping[int, str]) -> Iterator[JSON]:
+    """Hold a run against each rule: its `id`, its name as `rule`, whether it `passed`, and what was `found`.
+
+    `drifts` says what was not steady in which cell. The cells of a search for the saturation are there to be
+    overloaded: of them only the load generator is judged.
+    """
+    cells = [cell for cell in results.cells if not cell.search]
     planned = [
         (level, repeat + 1, target)
-        for level in results.plan["concurrency"]
+        for level in results.plan["levels"]
         for repeat in range(results.plan["repeats"])
-        for target in TARGETS
+        for target in targets(results.plan)
     ]
-    whole = {(c.concurrency, c.repeat, c.target): c for c in results.cells if c.complete and _has_all_records(c)}
+    whole = {(c.level, c.repeat, c.target): c for c in cells if c.complete and _has_all_records(c)}
     missing = [
-        f"{target} at concurrency {level}, repeat {repeat}"
+        f"{target} at {_where(results.plan, level)}, repeat {repeat}"
         for level, repeat, target in planned
         if (level, repeat, target) not in whole
     ]
     found = f"missing or short: {'; '.join(missing)}" if missing else f"{len(whole)} of {len(planned)}"
-    yield _gate("every planned cell was run, and each of its requests has a record", not missing, found)
+    yield _gate("cells", "every planned cell was run, and each of its requests has a record", not missing, found)
 
-    failed = stats.errors_by_kind([record for cell in results.cells for record in cell.records])
+    failed = stats.errors_by_kind(np.concatenate([np.empty(0, np.int64), *(cell.requests.error for cell in cells)]))
     kinds = ", ".join(f"{count} {kind}" for kind, count in failed.items()) or "none failed"
-    yield _gate("every request was answered", not failed, kinds)
-    yield _same_work(results, list(whole.values()))
+    yield _gate("answered", "every request was answered", not failed, kinds)
+    yield _same_work(results.plan, list(whole.values()))
+    yield _nothing_drifted(results.plan, cells, drifts)
     yield _client_came_to_its_end(results.cells)
     yield _client_was_fast_enough(results.cells)
 
 
+def _where(plan: JSON, level: float) -> str:
+    return f"concurrency {level:g}" if plan["arrival"] == "closed" else f"{level:g} requests/s"
+
+
 def _has_all_records(cell: CellResult) -> bool:
-    return len({record.index for record in cell.records}) == len(cell.records) == cell.planned_requests
+    return len(np.unique(cell.requests.index)) == len(cell.requests) == cell.planned_requests
 
 
-def _same_work(results: Results, whole: Sequence[CellResult]) -> JSON:
+def _same_work(plan: JSON, whole: Sequence[CellResult]) -> JSON:
     different, compared = [], 0
-    for level in results.plan["concurrency"]:
-        for first, second in pairs([cell for cell in whole if cell.concurrency == level]):
-            compared += len(first.records)
-            unequal = stats.different_work(first.records, second.records)
-            different += [f"concurrency {level} repeat {first.repeat} request {index}" for index in unequal]
+    baseline, *others = targets(plan)
+    for level in plan["levels"]:
+        own = [cell for cell in whole if cell.level == level]
+        for first, second in (pair for other in others for pair in pairs(own, baseline, other)):
+            compared += len(first.requests)
+            unequal = stats.different_work(first.requests, second.requests)
+            who = f" of {second.target}" if len(others) > 1 else ""
+            different += [f"{_where(plan, level)} repeat {first.repeat} request {index}{who}" for index in unequal]
     found = f"{compared} pairs, equal prompt and output tokens" if not different else "; ".join(different[:LISTED])
-    return _gate("both servers did the same work", compared > 0 and not different, found if compared else "no pairs")
+    passed = compared > 0 and not different
+    return _gate("same-work", "all servers did the same work", passed, found if compared else "no pairs")
+
+
+def _nothing_drifted(plan: JSON, cells: Sequence[CellResult], drifts: Mapping[int, str]) -> JSON:
+    """In an open loop a queue that grows is a finding, which takes the verdicts on latency of its level alone."""
+    told = [f"cell {cell.index}: {drifts[cell.index]}" for cell in cells if cell.index in drifts]
+    closed = plan["arrival"] == "closed"
+    found = "; ".join(told[:LISTED]) or "no trend inside a steady window"
+    if told and not closed:
+        found += "; an open loop may be over-saturated: the latencies of that level have no verdict"
+    return _gate("no-drift", "no cell drifted", not told or not closed, found)
 
 
 def _client_came_to_its_end(cells: Sequence[CellResult]) -> JSON:
     stopped = [str(cell.index) for cell in cells if cell.client and not cell.client["complete"]]
     against = _silent(cells) + ([f"not in cell {', '.join(stopped)}"] if stopped else [])
     rule = "the load generator sent all requests and waited for every answer"
-    return _gate(rule, not against, "; ".join(against) or f"in all {len(cells)} cells")
+    return _gate("client-complete", rule, not against, "; ".join(against) or f"in all {len(cells)} cells")
 
 
 def _client_was_fast_enough(cells: Sequence[CellResult]) -> JSON:
@@ -65,7 +90,7 @@ def _client_was_fast_enough(cells: Sequence[CellResult]) -> JSON:
     found = against[:LISTED] or [_worst([client for _, client in judged])]
     if not all(client["goes_first"] for _, client in judged):
         found.append("Linux did not let it run before the servers: root and CAP_SYS_NICE may")
-    return _gate("the load generator was fast enough, by its own check", not against, "; ".join(found))
+    return _gate("client-fast", "the load generator was fast enough, by its own check", not against, "; ".join(found))
 
 
 def _silent(cells: Sequence[CellResult]) -> list[str]:
@@ -85,5 +110,5 @@ def _worst(clients: Sequence[JSON]) -> str:
     return f"at most {', '.join(told)}" if told else "nothing against it"
 
 
-def _gate(rule: str, passed: bool, found: str) -> JSON:
-    return {"rule": rule, "passed": passed, "found": found}
+def _gate(name: str, rule: str, passed: bool, found: str) -> JSON:
+    return {"id": name, "rule": rule, "passed": passed, "found": found}

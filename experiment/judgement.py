@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from experiment.results import JSON, damage_named
-from experiment.rules import Rules, more_is_better
+from experiment.rules import RATES, Rules
 from experiment.two_runs import Change, Key, Run, changes, differences, level_name, ratio, show, targets
 
 Outcome = Literal["passed", "failed", "invalid"]
@@ -40,7 +40,7 @@ def judge(run: Run, baseline: Run, rules: Rules) -> Iterator[Ruling]:
         names = rules.targets or targets(run)[1:] or targets(run)
         for level in run.summary["levels"]:
             for name in names:
-                yield from _limits((_number(level), name), level["targets"].get(name), run, rules)
+                yield from _limits((level["level"], name), level["targets"].get(name), run, rules)
         yield from _regressions(baseline, run, rules, names)
 
 
@@ -69,7 +69,7 @@ def _comparable(baseline: Run, run: Run) -> Iterator[Ruling]:
 def _limits(key: Key, figures: JSON | None, run: Run, rules: Rules) -> Iterator[Ruling]:
     group = _group(key, run)
     for metric, limit in rules.limits.items():
-        now, least = _figure(figures, metric), more_is_better(metric)
+        now, least = _figure(figures, metric), metric in RATES
         told = f"at {'least' if least else 'most'} {show(metric, limit)}"
         kept = None if now is None else now >= limit if least else now <= limit
         yield _limit(group, metric, told, kept, "" if now is None else show(metric, now))
@@ -92,7 +92,7 @@ def _regressions(baseline: Run, run: Run, rules: Rules, names: Sequence[str]) ->
     for level in run.summary["levels"]:
         for name in names:
             for metric in rules.metrics:
-                key = (_number(level), name)
+                key = (level["level"], name)
                 yield _regression(_group(key, run), metric, found.get((*key, metric)), rules.allowed_regression)
 
 
@@ -116,10 +116,6 @@ def _regression(group: str, metric: str, change: Change | None, allowed: float) 
     return ruling("passed", f"{told}; {(1 - change.low) * 100:.0f} % worse is not excluded", **figures)
 
 
-def _number(level: JSON) -> float:
-    return float(level["level"] if "level" in level else level["concurrency"])
-
-
 def _group(key: Key, run: Run) -> str:
     return f"{key[1]} at {level_name(run, key[0])}"
 
@@ -128,9 +124,9 @@ def _figure(figures: JSON | None, metric: str) -> float | None:
     """A figure of a level over all of its repeats; None where there is none."""
     if figures is None:
         return None
-    if more_is_better(metric):
-        value = figures[f"{metric}_mean"]
+    if metric in RATES:
+        value = figures["output_throughput_mean" if metric == "output_throughput" else metric]
     else:
-        latency, statistic = metric.rsplit("_", 1)
+        latency, statistic = metric.split(".")
         value = (figures[latency] or {}).get(statistic)
     return None if value is None else float(value)

@@ -23,7 +23,7 @@ from experiment.model import Token
 from loadtest.records import STREAM_BEGINS
 
 # A little over ten samples a second, so that there are ten when one is skipped now and then.
-LOADED_NS, IDLE_NS = 80_000_000, 1_000_000_000
+LOADED_NS, IDLE_NS, NEVER_NS = 80_000_000, 1_000_000_000, 10**18
 WRITE_NS = 500_000_000
 TIMEOUT_SECONDS = 5.0
 
@@ -136,13 +136,13 @@ def next_due(due_ns: int, period_ns: int, now_ns: int) -> tuple[int, int]:
 class Sampler:
     """Samples one server in a thread of its own and appends the samples to a new Arrow IPC stream.
 
-    `token` is what one takes in vLLM's cache, if that is known. Raises FileExistsError for a file that is there. A
-    scrape that fails is a row with its `error`.
+    `prefix` is that of the server's metrics, `token` what one takes in vLLM's cache, if that is known. Raises
+    FileExistsError for a file that is there. A scrape that fails is a row with its `error`.
     """
 
-    def __init__(self, target: str, url: str, path: Path, token: Token | None = None):
+    def __init__(self, prefix: str, url: str, path: Path, token: Token | None = None):
         address = urlsplit(url)
-        names = "&".join(f"name[]={target}:{name}" for name in _NAMES)
+        names = "&".join(f"name[]={prefix}:{name}" for name in _NAMES)
         # At the first path vLLM makes only what is asked for; at the second it makes everything, as servers.hf does.
         self._paths = [f"{address.path}/metrics/?{names}", f"{address.path}/metrics?{names}"]
         self._connection = HTTPConnection(address.hostname or "", address.port, timeout=TIMEOUT_SECONDS)
@@ -153,7 +153,7 @@ class Sampler:
         self._changed = threading.Event()
         self._ending = False
         self._failure: Exception | None = None
-        self._thread = threading.Thread(target=self._run, name=f"kv-{target}", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=f"kv-{path.stem}", daemon=True)
         self._thread.start()
 
     def pace(self, period_ns: int) -> None:
@@ -235,21 +235,18 @@ class Sampler:
 
 
 class Sampling:
-    """Samples all servers of a run into `folder`; a context manager that ends with it.
+    """Samples the servers of a run into `folder`; a context manager that ends with it.
 
-    `token` is what one takes in vLLM's cache, if that is known.
+    Once in `rest_ns` those that are not under load; with NEVER_NS not at all.
     """
 
-    def __init__(self, urls: Mapping[str, str], folder: Path, token: Token | None = None):
-        self._urls = urls
-        self._token = token
+    def __init__(self, folder: Path, rest_ns: int = IDLE_NS):
         self._folder = folder
+        self._rest_ns = rest_ns
         self._samplers: dict[str, Sampler] = {}
 
     def __enter__(self) -> "Sampling":
         self._folder.mkdir()
-        for target, url in self._urls.items():
-            self._samplers[target] = Sampler(target, url, self._folder / f"{target}.arrow", self._token)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
@@ -259,11 +256,18 @@ class Sampling:
             if error is None:
                 sampler.check()
 
+    def add(self, target: str, prefix: str, url: str, token: Token | None = None) -> None:
+        """Sample a server from now on; `prefix` is that of its metrics, `token` what one takes in vLLM's cache."""
+        self._samplers[target] = Sampler(prefix, url, self._folder / f"{target}.arrow", token)
+
+    def __contains__(self, target: str) -> bool:
+        return target in self._samplers
+
     def focus(self, target: str) -> None:
-        """Sample this server at full rate and the others now and then; raises what ended a sampling early."""
+        """Sample this server at full rate and the others at rest; raises what ended a sampling early."""
         for name, sampler in self._samplers.items():
             sampler.check()
-            sampler.pace(LOADED_NS if name == target else IDLE_NS)
+            sampler.pace(LOADED_NS if name == target else self._rest_ns)
 
 
 def read(path: Path) -> pa.Table:

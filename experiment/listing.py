@@ -12,8 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from experiment.options import Options
-from experiment.plan import TARGETS
-from experiment.results import JSON, ResultError, damage_named
+from experiment.results import JSON, OLD_PLAN, ResultError, damage_named, targets
 
 Kind = Literal["comparison", "classic", "damaged", "not a run"]
 _TIME = re.compile(r"\d{8}T\d{6}Z")
@@ -94,6 +93,7 @@ def line(entry: Entry) -> str:
 
 def _comparison(folder: Path) -> Entry:
     plan, status = (_object(folder / f"{name}.json") for name in ("plan", "status"))
+    plan = OLD_PLAN | plan
     path = folder / "summary.json"
     summary = _object(path) if path.exists() else None
     return Entry(
@@ -105,8 +105,8 @@ def _comparison(folder: Path) -> Entry:
         state="running or killed" if status["state"] == "running" else status["state"],
         valid=bool(summary["valid"]) if summary is not None else None,
         model=str(plan["model"]),
-        targets=[target["name"] for target in plan.get("targets", [])] or list(TARGETS),
-        arrival=plan.get("arrival", "closed"),
+        targets=targets(plan),
+        arrival=plan["arrival"],
         levels=[float(level) for level in plan.get("levels") or plan["concurrency"]],
     )
 
@@ -120,7 +120,7 @@ def _classic(folder: Path) -> Entry:
         when=_when(folder),
         state=str(found["state"]),
         model=str(found["model"]),
-        targets=list(TARGETS),
+        targets=["hf", "vllm"],
     )
 
 

@@ -17,8 +17,9 @@ What the client has seen is no lower bound once the server has preempted a seque
 or where it shares the blocks of equal prefixes; the bound from the blocks stays.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
@@ -27,12 +28,13 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from experiment.kv import REASONS
-from experiment.stats import Floats
-from loadtest.records import Record
+from experiment.requests import UNKNOWN, Chunks, Flags, Floats, Requests
 
 Moments = NDArray[np.int64]
-Flags = NDArray[np.bool_]
 Source = Literal["ledger", "records", "unknown"]
+
+# Pairs of a request and a sample that are worked on at once; each takes some 200 bytes.
+MOST = 500_000
 
 
 @dataclass(frozen=True)
@@ -41,15 +43,17 @@ class Cache:
 
     `counts` has a value per sample for each of capacity, allocated, live_low and live_high, and a lower and an upper
     one for each reason of waste that the server can have, such as fragmentation_low. Where they are blocks and not
-    tokens, nothing but capacity and allocated is known. `broken` marks the samples whose allocated tokens cannot be
-    live + waste. `missed` is how many scrapes were skipped or failed, and after which time. `token_bytes` is None where
-    the KV bytes of a token are not known, `block_size` where there are no blocks.
+    tokens, nothing but capacity and allocated is known. `running` is how many sequences were held, `broken` marks the
+    samples whose allocated tokens cannot be live + waste. `missed` is how many scrapes were skipped or failed, and
+    after which time. `token_bytes` is None where the KV bytes of a token are not known, `block_size` where there are
+    no blocks.
     """
 
     source: Source
     unit: Literal["tokens", "blocks"]
     time_ns: Moments
     counts: dict[str, Floats]
+    running: Floats
     broken: Flags
     missed_ns: Moments
     missed: Moments
@@ -57,19 +61,20 @@ class Cache:
     block_size: int | None
 
 
-def caches(samples: Mapping[str, pa.Table], records: Mapping[str, Sequence[Record]]) -> dict[str, Cache]:
-    """The KV cache of each server that gave a sample; the records are those of all requests that it got."""
+def caches(samples: Mapping[str, pa.Table], requests: Mapping[str, Sequence[Requests]]) -> dict[str, Cache]:
+    """The KV cache of each server that gave a sample; the requests are all that it got."""
     good = {target: table.filter(pc.is_null(table["error"])) for target, table in samples.items()}
     good = {target: table for target, table in good.items() if table.num_rows}
     found = {}
     for target, table in good.items():
         first = {name: table[name][0].as_py() for name in ("unit", "block_size", "bytes_per_token")}
-        source, (counts, broken) = _read(table, records.get(target, ()), first["unit"], first["block_size"])
+        source, (counts, broken) = _read(table, requests.get(target, ()), first["unit"], first["block_size"])
         found[target] = Cache(
             source=source,
             unit=first["unit"],
             time_ns=(numbers(table, "asked_ns") + numbers(table, "answered_ns")) // 2,
             counts=counts,
+            running=numbers(table, "running").astype(np.float64),
             broken=broken,
             missed_ns=numbers(samples[target], "asked_ns"),
             missed=numbers(samples[target], "skipped") + samples[target]["error"].is_valid().to_numpy(),
@@ -80,13 +85,13 @@ def caches(samples: Mapping[str, pa.Table], records: Mapping[str, Sequence[Recor
 
 
 def _read(
-    table: pa.Table, records: Sequence[Record], unit: str, block_size: int | None
+    table: pa.Table, requests: Sequence[Requests], unit: str, block_size: int | None
 ) -> tuple[Source, tuple[dict[str, Floats], Flags]]:
     """Where live tokens come from, and the counts and which of them are broken."""
     if unit == "blocks":
         counts = {name: numbers(table, name).astype(np.float64) for name in ("capacity", "allocated")}
         return "unknown", (counts, counts["allocated"] > counts["capacity"])
-    return ("records", _bounded(table, records)) if block_size else ("ledger", _counted(table))
+    return ("records", _bounded(table, requests)) if block_size else ("ledger", _counted(table))
 
 
 def numbers(table: pa.Table, name: str) -> Moments:
@@ -105,11 +110,11 @@ def _counted(table: pa.Table) -> tuple[dict[str, Floats], Flags]:
     return tokens, (tokens["allocated"] != total) | (tokens["allocated"] > tokens["capacity"])
 
 
-def _bounded(table: pa.Table, records: Sequence[Record]) -> tuple[dict[str, Floats], Flags]:
+def _bounded(table: pa.Table, requests: Sequence[Requests]) -> tuple[dict[str, Floats], Flags]:
     """Blocks in use against what the client knows; bounds that cross are put in order and marked as broken."""
     tokens = {name: numbers(table, name).astype(np.float64) for name in ("capacity", "allocated")}
     allocated = tokens["allocated"]
-    seen = seen_by_client(numbers(table, "asked_ns"), numbers(table, "answered_ns"), records)
+    seen = seen_by_client(numbers(table, "asked_ns"), numbers(table, "answered_ns"), requests)
     last_blocks = numbers(table, "running") * numbers(table, "block_size")
     by_blocks = allocated - last_blocks - seen.in_the_making(numbers(table, "waiting"))
     trusted = ~(_preempted(table, seen.oldest_ns) | (numbers(table, "prefix_caching") > 0))
@@ -149,33 +154,68 @@ class Seen:
         return np.asarray(np.where(count > 0, self.longest, 0) * count)
 
 
-def seen_by_client(asked_ns: Moments, answered_ns: Moments, records: Sequence[Record]) -> Seen:
+def seen_by_client(asked_ns: Moments, answered_ns: Moments, requests: Sequence[Requests]) -> Seen:
     """Add up the requests in flight at samples that were asked for and answered at these times, both ascending."""
     low, high, longest = np.zeros((3, len(asked_ns)))
-    unseen, oldest_ns = np.zeros(len(asked_ns), dtype=np.int64), answered_ns.copy()
-    for record in records:
-        first = np.searchsorted(answered_ns, record.sent_ns)
-        span = slice(first, max(first, np.searchsorted(asked_ns, record.end_ns, "right")))
-        prompt, begun, least, most = _one(record, asked_ns[span], answered_ns[span])
-        low[span] += least
-        high[span] += most
-        unseen[span] += ~begun
-        longest[span] = np.maximum(longest[span], np.where(begun, 0, prompt))
-        oldest_ns[span] = np.minimum(oldest_ns[span], record.sent_ns)
-    return Seen(low, high, unseen, longest, oldest_ns)
+    seen = Seen(low, high, np.zeros(len(asked_ns), dtype=np.int64), longest, answered_ns.copy())
+    for own in requests:
+        for chunks in own.chunks():
+            first = np.searchsorted(answered_ns, own.sent_ns[chunks.rows])
+            last = np.searchsorted(asked_ns, own.end_ns[chunks.rows], "right")
+            many = np.maximum(0, last - first)
+            for part in _parts(many):
+                row = np.repeat(np.arange(part.start, part.stop), many[part])
+                behind = np.repeat(np.cumsum(many[part]) - many[part], many[part])
+                at = first[row] + np.arange(len(row)) - behind
+                _add(seen, own, chunks, Moment(row, at, asked_ns[at], answered_ns[at]))
+    return seen
 
 
-def _one(record: Record, asked_ns: Moments, answered_ns: Moments) -> tuple[float, Flags, Floats, Floats]:
-    """Prompt of a request, whether a chunk had come, least and most tokens cached; the newest is not fed back yet."""
-    prompt = float("inf") if record.prompt_tokens is None else record.prompt_tokens
-    last = len(record.chunk_ns)
-    each = (record.output_tokens or 0) / max(1, last)
-    chunks: Sequence[float] = record.chunk_tokens or [each] * last
-    counts = np.cumsum([0.0, *chunks])
-    before = np.searchsorted(record.chunk_ns, asked_ns, "right")
-    after = np.minimum(np.searchsorted(record.chunk_ns, answered_ns, "right") + 1, last)
-    begun, most = before > 0, prompt + counts[after]
-    if record.error:  # when the server let go of it is not known
-        return prompt, begun, np.zeros(len(before)), most
-    least = np.where(begun & (after < last), prompt + counts[before] - 1, 0.0)
-    return prompt, begun, least, np.where(before < last, most, 0.0)
+def _parts(many: Moments) -> Iterator[slice]:
+    """Split requests so that those of a part were in flight at about MOST samples together."""
+    edges = np.searchsorted(np.cumsum(many), np.arange(MOST, many.sum(), MOST)).tolist()
+    for start, stop in pairwise([0, *edges, len(many)]):
+        if many[start:stop].any():
+            yield slice(start, stop)
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Requests in flight at samples, as columns: place in the block, place of the sample, and the sample's times."""
+
+    row: Moments
+    at: Moments
+    asked_ns: Moments
+    answered_ns: Moments
+
+
+def _add(seen: Seen, requests: Requests, chunks: Chunks, moment: Moment) -> None:
+    """Add what requests had in the cache at samples; the newest token of each is not fed back yet."""
+    row = moment.row
+    prompts, failed = requests.prompt_tokens[chunks.rows][row], ~requests.answered[chunks.rows][row]
+    prompt = np.where(prompts == UNKNOWN, np.inf, prompts)
+    begin, end = chunks.begin[row], chunks.end[row]
+    sums = np.concatenate([[0.0], np.cumsum(chunks.tokens)])
+    before = _count(chunks.ns, begin, end, moment.asked_ns)
+    after = np.minimum(_count(chunks.ns, begin, end, moment.answered_ns) + 1, end)
+    begun, most = before > begin, prompt + sums[after] - sums[begin]
+    # When the server let go of a request that failed is not known.
+    least = np.where(begun & (after < end) & ~failed, prompt + sums[before] - sums[begin] - 1, 0.0)
+    most = np.where((before < end) | failed, most, 0.0)
+    samples = len(seen.low)
+    seen.low[:] += np.bincount(moment.at, least, samples)
+    seen.high[:] += np.bincount(moment.at, most, samples)
+    seen.unseen[:] += np.bincount(moment.at[~begun], minlength=samples)
+    np.maximum.at(seen.longest, moment.at, np.where(begun, 0, prompt))
+    np.minimum.at(seen.oldest_ns, moment.at, requests.sent_ns[chunks.rows][row])
+
+
+def _count(ns: Moments, begin: Moments, end: Moments, at: Moments) -> Moments:
+    """For each pair of a request and a moment, where the chunks that had come by then end, by halving."""
+    low, high = begin.copy(), end.copy()
+    while (open_ := low < high).any():
+        middle = (low + high) // 2
+        come = open_ & (ns[np.minimum(middle, len(ns) - 1)] <= at)
+        low = np.where(come, middle + 1, low)
+        high = np.where(open_ & ~come, middle, high)
+    return low

@@ -3,7 +3,7 @@
 Device and process come from the monitor's timeline, the allocator and the KV cache from the samples of /metrics.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,10 +13,8 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from experiment.kv import REASONS
-from experiment.live import Cache, Flags, Moments, caches, numbers
-from experiment.plan import TARGETS
-from experiment.stats import Floats
-from loadtest.records import Record
+from experiment.live import Cache, Moments, caches, numbers
+from experiment.requests import Flags, Floats, Requests
 
 # The finest resolution a chart shows; of each stretch of time it keeps the largest and the smallest value.
 MAX_POINTS = 800
@@ -68,17 +66,20 @@ class Memory:
 
 
 def gather(
-    timeline: pa.Table | None, samples: Mapping[str, pa.Table], records: Mapping[str, Sequence[Record]]
+    timeline: pa.Table | None, samples: Mapping[str, pa.Table], requests: Mapping[str, Sequence[Requests]]
 ) -> Memory:
-    """Join what the monitor, the servers and the clients have seen; samples and records are by server."""
-    series = list(_of_monitor(timeline)) if timeline is not None else []
+    """Join what the monitor, the servers and the clients have seen; samples and requests are by server.
+
+    Of the monitor's samples those of the servers that have a place in `requests` are taken.
+    """
+    series = list(_of_monitor(timeline, requests.keys())) if timeline is not None else []
     for target, table in samples.items():
         for column, name in _ALLOCATOR.items():
             given = table.filter(pc.is_valid(table[column]))
             if given.num_rows:
                 times, values = numbers(given, "answered_ns"), numbers(given, column).astype(np.float64)
                 series.append(Series("allocator", target, "", name, times, values))
-    return Memory(series, caches(samples, records))
+    return Memory(series, caches(samples, requests))
 
 
 def cache_table(memory: Memory) -> pa.Table:
@@ -87,7 +88,7 @@ def cache_table(memory: Memory) -> pa.Table:
     for target, cache in memory.caches.items():
         columns = {"time_ns": cache.time_ns, "target": [target] * len(cache.time_ns)}
         columns |= {"unit": [cache.unit] * len(cache.time_ns), **cache.counts}
-        tables.append(pa.table(columns | {"broken": cache.broken}))
+        tables.append(pa.table(columns | {"running": cache.running, "broken": cache.broken}))
     return pa.concat_tables(tables, promote_options="default")
 
 
@@ -121,6 +122,7 @@ def cache_figures(cache: Cache, windows: Sequence[Window]) -> JSON | None:
         "broken": int(cache.broken[chosen].sum()),
         "capacity": values["capacity"],
         "allocated": values["allocated"],
+        "running": _mean_and_max(cache.running[chosen]),
         "parts": {part: _part(part, values) for part in parts},
     }
 
@@ -135,12 +137,12 @@ def _mean_and_max(values: Floats) -> JSON:
     return {"mean": float(values.mean()), "max": float(values.max())}
 
 
-def _of_monitor(timeline: pa.Table) -> Iterator[Series]:
+def _of_monitor(timeline: pa.Table, targets: Collection[str]) -> Iterator[Series]:
     for metric, name in _DEVICE.items():
         yield from _series(timeline, metric, "device", name)
     for layer, metric in _SERVERS.items():
         for one in _series(timeline, metric, layer, "held"):
-            if one.owner in (*TARGETS, "unattributed"):
+            if one.owner in (*targets, "unattributed"):
                 yield one
 
 

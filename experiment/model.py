@@ -39,12 +39,12 @@ class Token:
         return self.values * item if item else None
 
 
-def token_of_vllm(plan: Plan, url: str) -> Token | None:
+def token_of_vllm(plan: Plan, url: str, args: str = "") -> Token | None:
     """What a token takes in vLLM's cache, from the configuration of the model that it says it serves; None: not known.
 
-    Reads what is on this machine and downloads nothing.
+    `args` are the server's own beside those of the plan. Reads what is on this machine and downloads nothing.
     """
-    if _CHANGED.search(plan.vllm_args):
+    if _CHANGED.search(f"{plan.vllm_args} {args}"):
         return None
     try:
         source = json.loads(get(f"{url}/v1/models") or b"")["data"][0]["root"]

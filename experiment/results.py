@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +11,25 @@ import jinja2
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from experiment import kv
+from experiment import kv, requests
 from experiment.memory import Memory, cache_table, gather
-from experiment.plan import TARGETS
+from experiment.requests import Requests
 from loadtest import records
 from loadtest.records import Record
 
 JSON = dict[str, Any]
 
 # The columns of a record, and before them the cell that it belongs to.
-RECORDS_SCHEMA = pa.schema([(name, pa.int64()) for name in ("cell", "concurrency", "repeat")] + list(records.SCHEMA))
+CELL_COLUMNS = {"cell": pa.int64(), "level": pa.float64(), "repeat": pa.int64()}
+RECORDS_SCHEMA = pa.schema([*CELL_COLUMNS.items(), *records.SCHEMA])
+
+
+# What the plan of a run says that was made when there were two targets and closed loops alone.
+OLD_PLAN: JSON = {
+    "targets": [{"name": "hf", "kind": "hf"}, {"name": "vllm", "kind": "vllm"}],
+    "arrival": "closed",
+    "limits": {},
+}
 
 
 class ResultError(Exception):
@@ -29,18 +38,29 @@ class ResultError(Exception):
 
 @dataclass(frozen=True)
 class CellResult:
-    """One cell as it was run: who, how loaded, when (CLOCK_MONOTONIC ns), its records and the client's self-check."""
+    """One cell as it was run: who, how loaded, when (CLOCK_MONOTONIC ns), its requests and the client's self-check.
+
+    `level` is a number of requests in flight, or in an open loop a rate in requests per second. A cell of the `search`
+    for the saturation belongs to no level.
+    """
 
     index: int
     target: str
-    concurrency: int
+    level: float
     repeat: int
+    search: bool
     planned_requests: int
     start_ns: int
     end_ns: int
     complete: bool
-    records: list[Record]
+    requests: Requests
+    path: Path
     client: JSON | None
+
+    @property
+    def records(self) -> list[Record]:
+        """All records, read anew each time: for a few of them, and not for a million."""
+        return list(records.read(self.path)) if self.path.exists() else []
 
 
 @dataclass(frozen=True)
@@ -75,11 +95,13 @@ def damage_named(path: Path) -> Iterator[None]:
 def load(folder: Path) -> Results:
     """Read a result folder; raises ResultError, OSError."""
     plan, environment, status = (_read_json(folder / f"{name}.json") for name in ("plan", "environment", "status"))
+    plan = {**OLD_PLAN, "levels": plan.get("concurrency"), **plan}
     cells = [_load_cell(path.parent) for path in sorted((folder / "cells").glob("*/cell.json"))]
     timeline = [_load_samples(path) for path in sorted((folder / "timeline").glob("*.arrow"))]
     with damage_named(folder):
         table = pa.concat_tables(timeline).unify_dictionaries() if timeline else None
-        memory = gather(table, _load_kv(folder / "kv"), {target: _records_of(cells, target) for target in TARGETS})
+        sent = {target: [cell.requests for cell in cells if cell.target == target] for target in targets(plan)}
+        memory = gather(table, _load_kv(folder / "kv"), sent)
     return Results(folder, plan, environment, status, cells, table, memory)
 
 
@@ -93,16 +115,18 @@ def _read_json(path: Path) -> JSON:
 
 def _load_cell(folder: Path) -> CellResult:
     cell = _read_json(folder / "cell.json")
+    cell = {"level": cell.get("concurrency"), "search": False, **cell}
     path, client = folder / "records.arrow", folder / "client.json"
     with damage_named(path):
-        kept = list(records.read(path)) if path.exists() else []
-        last_ns = max((record.end_ns for record in kept), default=0)
+        kept = requests.load(path) if path.exists() else requests.of([])
+        last_ns = int(kept.end_ns.max(initial=0))
     with damage_named(folder / "cell.json"):
-        names = ("index", "target", "concurrency", "repeat", "planned_requests", "start_ns", "complete")
+        names = ("index", "target", "level", "repeat", "search", "planned_requests", "start_ns", "complete")
         return CellResult(
             **{name: cell[name] for name in names},
             end_ns=cell["end_ns"] or max(last_ns, cell["start_ns"]),
-            records=kept,
+            requests=kept,
+            path=path,
             client=_read_json(client) if client.exists() else None,
         )
 
@@ -120,29 +144,41 @@ def _load_kv(folder: Path) -> dict[str, pa.Table]:
     return found
 
 
-def _records_of(cells: Sequence[CellResult], target: str) -> list[Record]:
-    return [record for cell in cells if cell.target == target for record in cell.records]
-
-
 def write_tables(results: Results) -> None:
     """Write all records, the whole timeline and all samples of the KV caches as Parquet."""
-    rows = [
-        {"cell": cell.index, "concurrency": cell.concurrency, "repeat": cell.repeat, **asdict(record)}
-        for cell in results.cells
-        for record in cell.records
-    ]
-    if rows:
-        pq.write_table(pa.Table.from_pylist(rows, RECORDS_SCHEMA), results.folder / "records.parquet")
+    _write_records(results)
     if results.timeline is not None:
         pq.write_table(results.timeline, results.folder / "timeline.parquet")
     if results.memory.caches:
         pq.write_table(cache_table(results.memory), results.folder / "kv.parquet")
 
 
-def pairs(cells: Sequence[CellResult]) -> Iterator[tuple[CellResult, CellResult]]:
-    """The two cells of each repeat of a level, the first target's first."""
+def _write_records(results: Results) -> None:
+    """Write all records block by block, so that no more of them than a block are in memory."""
+    cells = [cell for cell in results.cells if len(cell.requests)]
+    if not cells:
+        return
+    # Stamps that ascend take little room as differences; dictionaries are for texts.
+    encoding = {f"{name}.list.element": "DELTA_BINARY_PACKED" for name in ("chunk_ns", "chunk_tokens")}
+    texts = [field.name for field in RECORDS_SCHEMA if pa.types.is_string(field.type)]
+    options: JSON = {"use_dictionary": texts, "column_encoding": encoding, "write_statistics": False}
+    with pq.ParquetWriter(results.folder / "records.parquet", RECORDS_SCHEMA, **options) as writer:
+        for cell in cells:
+            for table in requests.blocks(cell.requests.read(), records.SCHEMA.names):
+                values = zip(CELL_COLUMNS.values(), (cell.index, cell.level, cell.repeat), strict=True)
+                own = [pa.repeat(pa.scalar(value, type_), table.num_rows) for type_, value in values]
+                writer.write_table(pa.table([*own, *table.columns], RECORDS_SCHEMA))
+
+
+def targets(plan: JSON) -> list[str]:
+    """Names of the targets in the order of the plan; the first is the baseline."""
+    return [target["name"] for target in plan["targets"]]
+
+
+def pairs(cells: Sequence[CellResult], first: str, second: str) -> Iterator[tuple[CellResult, CellResult]]:
+    """The cells of two targets in each repeat of a level that both ran."""
     by_key = {(cell.repeat, cell.target): cell for cell in cells}
     for repeat in sorted({cell.repeat for cell in cells}):
-        first, second = (by_key.get((repeat, target)) for target in TARGETS)
-        if first and second:
-            yield first, second
+        one, other = (by_key.get((repeat, target)) for target in (first, second))
+        if one and other:
+            yield one, other

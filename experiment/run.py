@@ -1,91 +1,138 @@
-"""Runs the cells of a plan and keeps what they leave: records, timeline, logs.
+"""Runs the cells of a plan and keeps what they leave: records, timeline, samples of the KV caches, logs.
 
-Every cell has a folder of its own, written as it goes, so that a run that is killed stays readable.
+Every cell has a folder of its own, written as it goes, so that a run that is killed stays readable and can be resumed.
+A run has a part for each time that it was begun or resumed; what is sampled all along is kept by part.
 """
 
 import json
-import subprocess
-import sys
 import time
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
-from experiment.kv import Sampling
+from experiment.cell import Bench, meets, replace, run_cell, user_of, workload_options
+from experiment.kv import IDLE_NS, NEVER_NS, Sampling
 from experiment.model import token_of_vllm
-from experiment.plan import TARGETS, Cell, Plan
-from experiment.stack import Program, RunError, Stack, end, get, spawn
+from experiment.plan import Cell, Plan, Target
+from experiment.saturation import Search
+from experiment.stack import Stack, get
 from loadtest import records
 
-LOCUSTFILE = Path(records.__file__).with_name("locustfile.py")
-LOADTEST_STOP_SECONDS = 15
+SEARCH_CELLS = 12
 
 
-def run_cells(plan: Plan, stack: Stack, folder: Path, console: Console) -> None:
-    """Run all cells in order; raises RunError, KeyboardInterrupt or OSError with everything measured so far kept."""
-    cells = list(plan.cells())
-    took: dict[tuple[str, int], list[float]] = {}
-    progress = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[left]}"),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
-    options = workload_options(plan, stack)
-    timeline = Timeline(stack.programs["monitor"].url, folder / "timeline")
-    servers = {target: stack.programs[target].url for target in TARGETS}
-    token = token_of_vllm(plan, servers["vllm"])
-    with progress, timeline, Sampling(servers, folder / "kv", token) as kv:
-        for cell in cells:
-            kv.focus(cell.target)
-            left = time_left(cells[cell.index - 1 :], took)
-            label = f"cell {cell.index}/{len(cells)}: {cell.target}, concurrency {cell.concurrency}"
-            total = cell_requests(plan, cell)
-            task = progress.add_task(label, total=total, left=left)
-            if not console.is_terminal:
-                console.print(f"{label}, {total} requests; {left}", markup=False)
-            started = time.monotonic()
-            _run_cell(plan, cell, stack, options, folder / "cells" / cell.name, partial(_show, progress, task))
-            timeline.keep()
-            took.setdefault((cell.target, cell.concurrency), []).append(time.monotonic() - started)
-            progress.remove_task(task)
-            if console.is_terminal:
-                console.print(f"{label}: done in {time.monotonic() - started:.0f} s")
+class Runner:
+    """Runs cells one after another into `folder`; those that are complete are not run again.
+
+    `part` counts the times that the run was begun or resumed, from 1.
+    """
+
+    def __init__(self, plan: Plan, stack: Stack, folder: Path, console: Console, part: int = 1):
+        self._plan = plan
+        self._folder = folder
+        self._console = console
+        self._bench = Bench(plan, stack, workload_options(plan, stack))
+        suffix = "" if part == 1 else f"-{part}"
+        self.timeline = Timeline(stack.programs["monitor"].url, folder / f"timeline{suffix}")
+        self.kv = Sampling(folder / f"kv{suffix}", IDLE_NS if plan.resident == "all" else NEVER_NS)
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[left]}"),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._took: dict[tuple[str, float], list[float]] = {}
+
+    def run(self, cell: Cell, planned: list[Cell]) -> Path:
+        """Run a cell unless that was done; returns its folder. `planned` are all whose time is foreseen."""
+        folder = self._folder / "cells" / cell.name
+        if is_complete(folder):
+            return folder
+        self._bench.stack.focus(cell.target)
+        self.sample(next(target for target in self._plan.targets if target.name == cell.target))
+        self.kv.focus(cell.target)
+        rest = [one for one in planned if one.index >= cell.index]
+        label = f"cell {cell.index}{f'/{len(planned)}' if rest else ''}: {cell.target}, {cell.load}"
+        left = time_left(rest, self._took) if rest else "search"
+        total = self._plan.total(cell.level)
+        task = self.progress.add_task(label, total=total, left=left)
+        if not self._console.is_terminal:
+            self._console.print(f"{label}, {total} requests; {left}", markup=False)
+        started = time.monotonic()
+        run_cell(self._bench, cell, folder, partial(self._show, task))
+        self.timeline.keep()
+        self._took.setdefault((cell.target, cell.level), []).append(time.monotonic() - started)
+        self.progress.remove_task(task)
+        if self._console.is_terminal:
+            self._console.print(f"{label}: done in {time.monotonic() - started:.0f} s")
+        return folder
+
+    def sample(self, target: Target) -> None:
+        """Sample the KV cache of a server that is up, from now on."""
+        if target.name not in self.kv:
+            url = self._bench.stack.programs[target.name].url
+            ours = target.kind == "vllm" and not target.url
+            token = token_of_vllm(self._plan, url, target.args) if ours else None
+            self.kv.add(target.name, user_of(target), url, token)
+
+    def _show(self, task: TaskID, done: int) -> None:
+        self.progress.update(task, completed=done)
 
 
-def cell_requests(plan: Plan, cell: Cell) -> int:
-    """All requests of a cell: warm-up at the measured concurrency, measured, and those that keep the load up."""
-    return warmup(cell) + plan.requests(cell.concurrency) + drain(cell)
+def run_plan(plan: Plan, stack: Stack, folder: Path, console: Console, part: int = 1) -> None:
+    """Run all cells that are not complete; raises RunError, KeyboardInterrupt or OSError with everything kept."""
+    planned = list(plan.cells())
+    runner = Runner(plan, stack, folder, console, part)
+    with runner.progress, runner.timeline, runner.kv:
+        for target in plan.targets if plan.resident == "all" else []:
+            runner.sample(target)
+        for cell in planned:
+            runner.run(cell, planned)
+        if plan.saturation:
+            _search(plan, runner, len(planned))
 
 
-def warmup(cell: Cell) -> int:
-    """Requests before the measured ones: one for each in flight, at least two."""
-    return max(2, cell.concurrency)
+def _search(plan: Plan, runner: Runner, index: int) -> None:
+    """Search the highest rate of each target that meets the limits; a resumed search takes the cells it had."""
+    for target in plan.targets:
+        search = Search(max(plan.levels), SEARCH_CELLS)
+        while (rate := search.next_rate()) is not None:
+            index += 1
+            cell = plan.cell(index, target.name, rate, 1, search=True)
+            folder = runner.run(cell, [])
+            search.tell(rate, attained(plan, cell, folder) >= plan.attainment)
 
 
-def drain(cell: Cell) -> int:
-    """Requests after the measured ones, so that the last of these still run at the cell's concurrency."""
-    return cell.concurrency - 1
+def attained(plan: Plan, cell: Cell, folder: Path) -> float:
+    """Share of a cell's measured requests, also of those never sent, that met every limit."""
+    limits: Mapping[str, float] = dict(plan.limits)
+    kept = records.read(folder / "records.arrow")
+    return sum(r.phase == "measured" and meets(r, limits) for r in kept) / plan.measured(cell.level)
 
 
-def time_left(cells: list[Cell], took: dict[tuple[str, int], list[float]]) -> str:
+def is_complete(folder: Path) -> bool:
+    """Whether a cell was run to its end."""
+    path = folder / "cell.json"
+    return path.exists() and bool(json.loads(path.read_text())["complete"])
+
+
+def time_left(rest: list[Cell], took: Mapping[tuple[str, float], list[float]]) -> str:
     """Time for the cells that are left, from those that ran: of the same kind where there are any."""
     known = [seconds for times in took.values() for seconds in times]
     if not known:
         return "time left: not known yet"
 
     def guess(cell: Cell) -> float:
-        same = took.get((cell.target, cell.concurrency)) or known
+        same = took.get((cell.target, cell.level)) or known
         return sum(same) / len(same)
 
-    seconds = round(sum(guess(cell) for cell in cells))
+    seconds = round(sum(guess(cell) for cell in rest))
     return f"about {seconds // 60}:{seconds % 60:02d} left"
 
 
@@ -99,6 +146,7 @@ class Timeline:
 
     def __enter__(self) -> "Timeline":
         self._folder.mkdir()
+        self._since_ns = time.monotonic_ns()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -109,113 +157,5 @@ class Timeline:
         now_ns = time.monotonic_ns()
         body = get(f"{self._url}/timeline?since_ns={self._since_ns}&until_ns={now_ns}")
         if body is not None:
-            _replace(self._folder / f"{now_ns}.arrow", body)
+            replace(self._folder / f"{now_ns}.arrow", body)
             self._since_ns = now_ns
-
-
-def _show(progress: Progress, task: TaskID, done: int) -> None:
-    progress.update(task, completed=done)
-
-
-def _run_cell(
-    plan: Plan,
-    cell: Cell,
-    stack: Stack,
-    options: dict[str, object],
-    cell_folder: Path,
-    report: Callable[[int], None],
-) -> None:
-    cell_folder.mkdir(parents=True)
-    planned = {"planned_requests": cell_requests(plan, cell)}
-    state = asdict(cell) | planned | {"start_ns": time.monotonic_ns(), "end_ns": None, "complete": False}
-    write_json(cell_folder / "cell.json", state)
-    loadtest = spawn(_command(plan, cell, options, cell_folder), cell_folder / "locust.log", {})
-    program = Program("the load generator", loadtest, cell_folder / "locust.log", "")
-    try:
-        _watch(plan, cell, stack, program, cell_folder / "records.arrow", report)
-        state["complete"] = True
-    finally:
-        if loadtest.poll() is None:
-            loadtest.terminate()
-        end(loadtest, LOADTEST_STOP_SECONDS)
-        state["end_ns"] = time.monotonic_ns()
-        write_json(cell_folder / "cell.json", state)
-
-
-def workload_options(plan: Plan, stack: Stack) -> dict[str, object]:
-    """Options of the load test that are the same in all cells."""
-    return {
-        "workload": plan.workload,
-        "input-mean": plan.input_mean,
-        "output-mean": plan.output_mean,
-        "sigma": plan.sigma,
-        "max-context": stack.max_model_len(),
-        "model": plan.model,
-        **{f"{target}-url": stack.programs[target].url for target in TARGETS},
-    }
-
-
-def flags(options: dict[str, object]) -> list[str]:
-    """Options as arguments of a command line."""
-    return [f"--{name}={value}" for name, value in options.items()]
-
-
-def _command(plan: Plan, cell: Cell, options: dict[str, object], cell_folder: Path) -> list[str]:
-    options = options | {
-        "users": cell.concurrency,
-        "spawn-rate": cell.concurrency,
-        "requests": plan.requests(cell.concurrency),
-        "warmup": warmup(cell),
-        "drain": drain(cell),
-        "seed": cell.seed,
-        "records": cell_folder / "records.arrow",
-        # Failed requests are records; the exit code is for failures of the load generator itself.
-        "exit-code-on-error": 0,
-    }
-    locust = [sys.executable, "-m", "locust", "-f", str(LOCUSTFILE), "--headless", "--only-summary"]
-    return [*locust, *flags(options), cell.target.upper()]
-
-
-def _watch(
-    plan: Plan, cell: Cell, stack: Stack, loadtest: Program, written: Path, report: Callable[[int], None]
-) -> None:
-    """Wait for the load generator; raises RunError when it, a server or the time for the cell comes to an end."""
-    deadline = time.monotonic() + plan.cell_seconds
-    while True:
-        try:
-            code = loadtest.process.wait(0.2)
-        except subprocess.TimeoutExpired:
-            code = None
-        report(_written(written))
-        if code is not None:
-            break
-        stack.check()
-        if time.monotonic() > deadline:
-            raise RunError(f"--cell-seconds: cell {cell.name} was not done after {plan.cell_seconds:g} s")
-    if code:
-        loadtest.check()
-    if any(record.error for record in records.read(written)):
-        # Requests fail before a server's end is seen: give it the time to show.
-        stack.require_healthy(cell.target)
-    if _written(written) != cell_requests(plan, cell):
-        raise RunError(f"the load generator ended early. The end of {loadtest.log}:\n{loadtest.tail()}")
-
-
-def _written(path: Path) -> int:
-    return records.count(path) if path.exists() else 0
-
-
-def write_json(path: Path, value: object) -> None:
-    """Write a value as JSON; a file that was there stays whole until the new one is."""
-    _replace(path, (json.dumps(value, indent=2) + "\n").encode())
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all, whatever happens in between."""
-    draft = path.with_name(path.name + ".draft")
-    try:
-        draft.write_bytes(content)
-        draft.rename(path)
-    except OSError:
-        draft.unlink(missing_ok=True)
-        raise

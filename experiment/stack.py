@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from http.client import HTTPException
@@ -19,7 +19,7 @@ from pathlib import Path
 import psutil
 
 from experiment.environment import find_gpus
-from experiment.plan import TARGETS, Plan
+from experiment.plan import Plan, Target
 
 TAIL_LINES = 12
 STOP_SECONDS = 30
@@ -32,28 +32,30 @@ class RunError(Exception):
 
 @dataclass
 class Program:
-    """One process that was started; its output goes to `log`."""
+    """A program that is talked to: a process that was started, whose output goes to `log`, or one that ran already."""
 
     name: str
-    process: subprocess.Popen[bytes]
+    process: subprocess.Popen[bytes] | None
     log: Path
     url: str
 
     def check(self) -> None:
         """Raise RunError with the end of the log when the process has ended."""
-        code = self.process.poll()
+        code = self.process.poll() if self.process else None
         if code is not None:
             how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
-            raise RunError(f"{self.name} {how}. The end of {self.log}:\n{self.tail()}")
+            raise RunError(f"{self.name} {how}. {self.tail()}")
 
     def tail(self) -> str:
-        """The last lines of its log, indented."""
+        """The last lines of its log, indented, under a line that names it."""
+        if not self.process:
+            return "It was not started here: see its own log."
         lines = self.log.read_text(errors="replace").splitlines()[-TAIL_LINES:]
-        return "\n".join(f"  {line}" for line in lines)
+        return f"The end of {self.log}:\n" + "\n".join(f"  {line}" for line in lines)
 
 
 class Stack:
-    """The three programs that a comparison talks to; a context manager that stops them at its end."""
+    """The servers and the monitor of a comparison; a context manager that stops what it has started at its end."""
 
     def __init__(self, plan: Plan, logs: Path, say: Callable[[str], None]):
         self._plan = plan
@@ -61,6 +63,9 @@ class Stack:
         self._say = say
         self.programs: dict[str, Program] = {}
         self._ready: set[str] = set()
+        ports = ports_of(plan)
+        # A server that is started again is found where it was.
+        self._ports = {target.name: ports.get(target.name) or free_port() for target in plan.targets}
 
     def __enter__(self) -> "Stack":
         if sys.platform == "linux":
@@ -72,21 +77,18 @@ class Stack:
         self.stop()
 
     def start(self) -> None:
-        """Start everything and wait until it is healthy; raises RunError when a program does not come up."""
-        started = time.monotonic()
-        commands = _commands(self._plan)
-        for name, command in commands.items():
-            environment = {"HEADROOM_SERVER": name} if name != "monitor" else {}
-            if self._plan.model.startswith("random:"):
-                environment["HF_HUB_OFFLINE"] = "1"
-            log = self._logs / f"{name}.log"
-            process = spawn([sys.executable, "-m", *command], log, environment)
-            self.programs[name] = Program(name, process, log, f"http://127.0.0.1:{ports_of(self._plan)[name]}")
-            if find_gpus()[0]:
-                # vLLM measures how much memory is free: the others must have taken theirs by then.
-                self._wait_until_healthy(self.programs[name], started)
-        for program in self.programs.values():
-            self._wait_until_healthy(program, started)
+        """Start the monitor and the servers that are up from the start, and wait until they are healthy.
+
+        Raises RunError when a program does not come up.
+        """
+        self._start({"monitor": self._monitor(), **(self._servers() if self._plan.resident == "all" else {})})
+
+    def focus(self, name: str) -> Program:
+        """Return a server that is up, where one is resident after stopping the others; raises RunError."""
+        if name not in self.programs:
+            self.stop([other for other in self.programs if other != "monitor"])
+            self._start({name: self._servers()[name]})
+        return self.programs[name]
 
     def check(self) -> None:
         """Raise RunError when a program has ended."""
@@ -99,50 +101,96 @@ class Stack:
         deadline = time.monotonic() + 5
         while time.monotonic() < deadline:
             program.check()
-            if get(program.url + "/health") is not None:
+            if _is_up(program):
                 return
             time.sleep(0.2)
-        raise RunError(f"{name} does not answer at {program.url}/health. The end of {program.log}:\n{program.tail()}")
+        raise RunError(f"{name} does not answer at {program.url}/health. {program.tail()}")
 
     def max_model_len(self) -> int:
-        """The longest context in tokens that both servers take, as they say in /v1/models; raises RunError."""
-        limits = []
-        for name in TARGETS:
-            try:
-                limits.append(
-                    int(json.loads(get(self.programs[name].url + "/v1/models") or b"")["data"][0]["max_model_len"])
-                )
-            except (ValueError, KeyError, IndexError, TypeError) as error:
-                self.require_healthy(name)
-                raise RunError(f"{name} does not say in /v1/models how long its context is: {error}") from None
-        return min(limits)
+        """The longest context in tokens that all servers take, by the plan or as they say; raises RunError."""
+        if self._plan.resident == "one" and self._plan.max_model_len:
+            return self._plan.max_model_len
+        return min(self._context(target.name) for target in self._plan.targets)
 
-    def stop(self) -> None:
-        """End all programs and what they leave behind, at the latest by force; no second signal gets in between."""
+    def stop(self, names: Sequence[str] | None = None) -> None:
+        """End programs, all by default, and what they leave behind, at the latest by force; no signal gets between."""
         before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
-        for program in self.programs.values():
-            if program.process.poll() is None:
-                program.process.terminate()
+        programs = [program for name, program in self.programs.items() if names is None or name in names]
+        ending = [program.process for program in programs if program.process]
+        for process in ending:
+            if process.poll() is None:
+                process.terminate()
         deadline = time.monotonic() + STOP_SECONDS
-        for program in self.programs.values():
-            end(program.process, deadline - time.monotonic())
-        for orphan in psutil.Process().children(recursive=True):
-            with suppress(psutil.NoSuchProcess):
-                orphan.kill()
+        for process in ending:
+            end(process, deadline - time.monotonic())
+        for program in programs:
+            del self.programs[program.name]
+            self._ready.discard(program.name)
+        self._kill_orphans()
         for number, handler in before.items():
             signal.signal(number, handler)
+
+    def _kill_orphans(self) -> None:
+        kept = {program.process.pid for program in self.programs.values() if program.process}
+        for child in psutil.Process().children():
+            if child.pid not in kept:
+                with suppress(psutil.NoSuchProcess):
+                    for process in [*child.children(recursive=True), child]:
+                        process.kill()
+
+    def _start(self, commands: dict[str, "str | list[str]"]) -> None:
+        """Start programs by their commands, or use those at a URL; wait until all are healthy."""
+        started = time.monotonic()
+        for name, command in commands.items():
+            log = self._logs / f"{name}.log"
+            if isinstance(command, str):
+                self.programs[name] = Program(name, None, log, command.rstrip("/"))
+            else:
+                url = f"http://127.0.0.1:{command[command.index('--port') + 1]}"
+                self.programs[name] = Program(name, self._spawn(name, command, log), log, url)
+            if find_gpus()[0]:
+                # vLLM measures how much memory is free: the others must have taken theirs by then.
+                self._wait_until_healthy(self.programs[name], started)
+        for name in commands:
+            self._wait_until_healthy(self.programs[name], started)
+
+    def _spawn(self, name: str, command: list[str], log: Path) -> subprocess.Popen[bytes]:
+        environment = {"HEADROOM_SERVER": name} if name != "monitor" else {}
+        if self._plan.model.startswith("random:"):
+            environment["HF_HUB_OFFLINE"] = "1"
+        if {"--prefix-caching", "--enable-prefix-caching"} & set(command):
+            environment["VLLM_SERVER_DEV_MODE"] = "1"  # it then offers to reset that cache
+        return spawn([sys.executable, "-m", *command], log, environment)
+
+    def _monitor(self) -> "str | list[str]":
+        return self._plan.monitor_url or ["monitor", "--port", str(self._plan.monitor_port)]
+
+    def _servers(self) -> dict[str, "str | list[str]"]:
+        return {t.name: t.url or command_of(self._plan, t, self._ports[t.name]) for t in self._plan.targets}
+
+    def _context(self, name: str) -> int:
+        program = self.programs[name]
+        try:
+            said = json.loads(get(program.url + "/v1/models") or b"")["data"][0]["max_model_len"]
+            return min(int(said), self._plan.max_model_len or int(said))
+        except (ValueError, KeyError, IndexError, TypeError) as error:
+            self.require_healthy(name)
+            if not program.process and self._plan.max_model_len:
+                return self._plan.max_model_len
+            advice = "" if program.process else "; say --max-model-len"
+            raise RunError(f"{name} does not say in /v1/models how long its context is: {error}{advice}") from None
 
     def _wait_until_healthy(self, program: Program, started: float) -> None:
         if program.name in self._ready:
             return
         said = started
-        while get(program.url + "/health") is None:
+        while not _is_up(program):
             self.check()
             now = time.monotonic()
             if now - started > self._plan.start_seconds:
                 raise RunError(
-                    f"{program.name} was not healthy after --start-seconds {self._plan.start_seconds:g}. "
-                    f"The end of {program.log}:\n{program.tail()}"
+                    f"{program.name} was not healthy at {program.url} after --start-seconds "
+                    f"{self._plan.start_seconds:g}. {program.tail()}"
                 )
             if now - said > 10:
                 said = now
@@ -152,23 +200,39 @@ class Stack:
         self._say(f"{program.name} is ready at {program.url} after {time.monotonic() - started:.0f} s")
 
 
-def _commands(plan: Plan) -> dict[str, list[str]]:
-    """Module and arguments of each program, in the order in which they start."""
-    ports = {name: ["--port", str(port)] for name, port in ports_of(plan).items()}
-    common = ["--model", plan.model, "--dtype", plan.dtype]
+def _is_up(program: Program) -> bool:
+    """Whether it answers; a server of others may have no /health."""
+    return get(program.url + "/health") is not None or (
+        not program.process and get(program.url + "/v1/models") is not None
+    )
+
+
+def command_of(plan: Plan, target: Target, port: int) -> list[str]:
+    """Module and arguments of a server that is started."""
+    command = [f"servers.{target.kind}", "--port", str(port), "--model", plan.model, "--dtype", plan.dtype]
     if plan.max_model_len:
-        common += ["--max-model-len", str(plan.max_model_len)]
-    share = ["--gpu-memory-utilization", str(plan.gpu_memory_utilization)]
-    return {
-        "monitor": ["monitor", *ports["monitor"]],
-        "hf": ["servers.hf", *ports["hf"], *common, *shlex.split(plan.hf_args)],
-        "vllm": ["servers.vllm", *ports["vllm"], *common, *share, *shlex.split(plan.vllm_args)],
-    }
+        command += ["--max-model-len", str(plan.max_model_len)]
+    if plan.kv_budget:
+        command += ["--kv-budget", str(plan.kv_budget)]
+    if target.kind == "vllm":
+        command += ["--gpu-memory-utilization", str(plan.gpu_memory_utilization)]
+    return command + joined(plan.hf_args if target.kind == "hf" else plan.vllm_args, target.args)
+
+
+def joined(*arguments: str) -> list[str]:
+    """Join command lines, each of which may have a part after --, so that these parts are behind one --."""
+    own: list[str] = []
+    passed_on: list[str] = []
+    for words in map(shlex.split, arguments):
+        at = words.index("--") if "--" in words else len(words)
+        own += words[:at]
+        passed_on += words[at + 1 :]
+    return own + (["--", *passed_on] if passed_on else [])
 
 
 def spawn(command: list[str], log: Path, environment: dict[str, str]) -> subprocess.Popen[bytes]:
     """Start a process in a session of its own, so that Ctrl-C reaches it through us; it ends when we are killed."""
-    with log.open("wb") as output:
+    with log.open("ab") as output:
         return subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
@@ -199,8 +263,25 @@ def get(url: str, timeout_seconds: float = 5) -> bytes | None:
 
 
 def ports_of(plan: Plan) -> dict[str, int]:
-    """Port of each program."""
-    return {"hf": plan.hf_port, "vllm": plan.vllm_port, "monitor": plan.monitor_port}
+    """The ports that the plan names, by the programs that are started there: the first of each kind."""
+    ports = {} if plan.monitor_url else {"monitor": plan.monitor_port}
+    for kind, port in (("hf", plan.hf_port), ("vllm", plan.vllm_port)):
+        names = [target.name for target in plan.targets if target.kind == kind and not target.url]
+        ports |= {names[0]: port} if names else {}
+    return ports
+
+
+def option_of(plan: Plan, name: str) -> str:
+    """The option that gives a program its port."""
+    kinds = {target.name: target.kind for target in plan.targets}
+    return f"--{kinds.get(name, name)}-port"
+
+
+def free_port() -> int:
+    """A port that is free now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def require_free(what: str, port: int) -> None:

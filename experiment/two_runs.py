@@ -1,6 +1,6 @@
 """Two runs held against each other: what differs between them, and each metric with its ratio and interval."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -10,15 +10,16 @@ from scipy.special import stdtrit
 
 from experiment import stats
 from experiment.analysis import analyse
-from experiment.plan import TARGETS
+from experiment.requests import Floats
 from experiment.results import JSON, CellResult, Results, damage_named, load
-from experiment.rules import THROUGHPUT, more_is_better
+from experiment.results import targets as targets_of
+from experiment.rules import RATES
 
 Verdict = Literal["better", "worse", "no detectable difference", "invalid"]
 # Keys of the plan that say what was asked of the servers: where they differ, so does what was measured.
 WORK = ("model", "workload", "input_mean", "output_mean", "sigma", "arrival")
 # Keys of the plan that do not shape what is measured.
-ELSEWHERE = ("out", "hf_port", "vllm_port", "monitor_port", "gate")
+ELSEWHERE = ("out", "hf_port", "vllm_port", "monitor_port", "start_seconds", "cell_seconds", "gate")
 GIB = 2**30
 Method = Literal["paired", "unpaired"]
 Key = tuple[float, str]
@@ -55,7 +56,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Change:
-    """A metric of a target at a level in both runs, in seconds or tokens/s, and how many times better the second is.
+    """A metric of a target at a level in both runs, in its base unit, and how many times better the second is.
 
     `first` and `second` are geometric means over the repeats. The 95 % interval is None with fewer than two of them.
     """
@@ -79,45 +80,41 @@ def read(folder: Path) -> Run:
         return Run(results, analyse(results))
 
 
-def level_of(cell: CellResult) -> float:
-    """What the load of a cell was: requests in flight, or requests/s in an open loop."""
-    return cell.concurrency
-
-
 def cells(run: Run) -> Iterator[CellResult]:
-    """The cells whose figures count: those that came to their end."""
-    return (cell for cell in run.results.cells if cell.complete)
+    """The cells whose figures count: those that came to their end, without those of a search for the saturation."""
+    return (cell for cell in run.results.cells if cell.complete and not cell.search)
 
 
 def targets(run: Run) -> list[str]:
     """Names of the servers of a run, the baseline first."""
-    return [target["name"] for target in run.results.plan.get("targets", [])] or list(TARGETS)
+    return targets_of(run.results.plan)
 
 
 def level_name(run: Run, level: float) -> str:
     """A level in words."""
-    closed = run.results.plan.get("arrival", "closed") == "closed"
+    closed = run.results.plan["arrival"] == "closed"
     return f"concurrency {level:g}" if closed else f"{level:g} requests/s"
 
 
-def value_of(cell: CellResult, metric: str) -> float | None:
-    """A metric of one cell; None where no request gave one."""
-    if metric == THROUGHPUT:
-        return stats.output_throughput(cell.records)
-    latency, statistic = metric.rsplit("_", 1)
-    read_value = stats.LATENCIES[latency]
-    known = [value for record in stats.measured(cell.records) if (value := read_value(record)) is not None]
-    summary = stats.summarize(known)
+def value_of(cell: CellResult, metric: str, limits: Mapping[str, float]) -> float | None:
+    """A metric of one cell; None where no request gave one, and for goodput without limits."""
+    if metric == "output_throughput":
+        return stats.output_throughput(cell.requests)
+    if metric == "goodput":
+        return stats.goodput(cell.requests, limits) if limits else None
+    latency, statistic = metric.split(".")
+    summary = stats.summarize(stats.LATENCIES[latency](cell.requests)[cell.requests.measured])
     return float(getattr(summary, statistic)) if summary else None
 
 
 def changes(first: Run, second: Run, metrics: Sequence[str]) -> Iterator[Change]:
-    """Each metric of each target and level that both runs have."""
+    """Each metric of each target and level that both runs have; goodput is by the limits of the second."""
+    limits = second.results.plan.get("limits") or {}
     valid = first.summary["valid"] and second.summary["valid"]
     order = targets(second)
     for key, (compared, different) in sorted(work(first, second).items(), key=lambda one: _place(one[0], order)):
         for metric in metrics:
-            values = [repeats(run, key, metric) for run in (first, second)]
+            values = [repeats(run, key, metric, limits) for run in (first, second)]
             if compared and not different:
                 both = values[0].keys() & values[1].keys()
                 values = [{repeat: own[repeat] for repeat in sorted(both)} for own in values]
@@ -130,10 +127,10 @@ def _place(key: Key, order: Sequence[str]) -> tuple[float, int]:
     return key[0], order.index(key[1])
 
 
-def repeats(run: Run, key: Key, metric: str) -> dict[int, float]:
+def repeats(run: Run, key: Key, metric: str, limits: Mapping[str, float]) -> dict[int, float]:
     """The metric of each repeat of a target at a level, without those that have none."""
-    own = (cell for cell in cells(run) if (level_of(cell), cell.target) == key)
-    return {cell.repeat: value for cell in own if (value := value_of(cell, metric))}
+    own = (cell for cell in cells(run) if (cell.level, cell.target) == key)
+    return {cell.repeat: value for cell in own if (value := value_of(cell, metric, limits))}
 
 
 def change(key: tuple[float, str, str], first: Sequence[float], second: Sequence[float], *, paired: bool) -> Change:
@@ -143,7 +140,7 @@ def change(key: tuple[float, str, str], first: Sequence[float], second: Sequence
     spread. Else the interval is Welch's (Biometrika 34, 1947), of two samples that need not spread alike.
     """
     a, b = np.log(first), np.log(second)
-    way = 1 if more_is_better(key[2]) else -1
+    way = 1 if key[2] in RATES else -1
     gain = way * float(b.mean() - a.mean())
     reach = None
     if min(len(a), len(b)) > 1:
@@ -156,12 +153,12 @@ def change(key: tuple[float, str, str], first: Sequence[float], second: Sequence
     return Change(*key, *means, float(np.exp(gain)), low, high, verdict, "paired" if paired else "unpaired")
 
 
-def _paired_reach(logs: stats.Floats) -> float:
+def _paired_reach(logs: Floats) -> float:
     """Half of Student's interval of a mean."""
     return float(stdtrit(len(logs) - 1, 0.975) * logs.std(ddof=1) / np.sqrt(len(logs)))
 
 
-def _welch_reach(a: stats.Floats, b: stats.Floats) -> float:
+def _welch_reach(a: Floats, b: Floats) -> float:
     """Half of Welch's interval of the difference of two means."""
     first, second = (float(one.var(ddof=1)) / len(one) for one in (a, b))
     if not first + second:
@@ -175,15 +172,15 @@ def work(first: Run, second: Run) -> dict[Key, tuple[int, int]]:
 
     They differ when they do not have the same prompt and output tokens; compared are cells of the same repeat.
     """
-    theirs = {(level_of(cell), cell.target, cell.repeat): cell for cell in cells(first)}
-    both = {key[:2] for key in theirs} & {(level_of(cell), cell.target) for cell in cells(second)}
+    theirs = {(cell.level, cell.target, cell.repeat): cell for cell in cells(first)}
+    both = {key[:2] for key in theirs} & {(cell.level, cell.target) for cell in cells(second)}
     found = dict.fromkeys(both, (0, 0))
     for cell in cells(second):
-        other = theirs.get((level_of(cell), cell.target, cell.repeat))
+        other = theirs.get((cell.level, cell.target, cell.repeat))
         if other:
-            compared, different = found[level_of(cell), cell.target]
-            different += len(stats.different_work(other.records, cell.records))
-            found[level_of(cell), cell.target] = compared + len(cell.records), different
+            compared, different = found[cell.level, cell.target]
+            different += len(stats.different_work(other.requests, cell.requests))
+            found[cell.level, cell.target] = compared + len(cell.requests), different
     return found
 
 
@@ -260,5 +257,5 @@ def ratio(one: Change) -> str:
 
 
 def show(metric: str, value: float) -> str:
-    """A value for people, in milliseconds or tokens/s."""
-    return f"{value:,.1f} tokens/s" if metric == THROUGHPUT else f"{value * 1e3:,.2f} ms"
+    """A value for people, in milliseconds, tokens/s or requests/s."""
+    return f"{value:,.1f} {RATES[metric]}" if metric in RATES else f"{value * 1e3:,.2f} ms"

@@ -117,9 +117,12 @@ class RecordFile:
         self._file.close()
 
 
-def batches(path: Path) -> Iterator[pa.RecordBatch]:
-    """Yield the batches of a file; one that was cut short by a kill is left out. Raises ValueError for another file."""
-    with pa.memory_map(str(path)) as file:
+def batches(path: Path, mapped: bool = True) -> Iterator[pa.RecordBatch]:
+    """Yield the batches of a file; one that was cut short by a kill is left out. Raises ValueError for another file.
+
+    A file that is `mapped` is not copied, but all that was read of it stays in memory until the end.
+    """
+    with pa.memory_map(str(path)) if mapped else pa.OSFile(str(path)) as file:
         if not file.size():
             return
         if file.read_buffer(len(STREAM_BEGINS)).to_pybytes() != STREAM_BEGINS[: file.size()]:

@@ -79,7 +79,7 @@ def _command(plan: JSON) -> str:
     """The command that repeats the run."""
     parts = ["headroom", "compare"]
     for name, value in plan.items():
-        if value not in (None, ""):
+        if value not in (None, "") and name not in ("targets", "arrival", "levels", "limits"):
             text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
             parts.append(f"--{name.replace('_', '-')}={text}")
     return shlex.join(parts)

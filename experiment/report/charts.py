@@ -29,7 +29,7 @@ def draw(summary: JSON) -> dict[str, str]:
 
 def _throughput(summary: JSON) -> Chart | None:
     rows = [
-        {"server": NAMES[target], "concurrency": level["concurrency"], "value": value}
+        {"server": NAMES[target], "concurrency": level["level"], "value": value}
         for level in summary["levels"]
         for target, figures in level["targets"].items()
         for value in figures["output_throughput"]
@@ -44,7 +44,7 @@ def _throughput(summary: JSON) -> Chart | None:
 
 def _latency(summary: JSON, metric: str, title: str) -> Chart | None:
     rows = [
-        {"server": NAMES[target], "concurrency": level["concurrency"]}
+        {"server": NAMES[target], "concurrency": level["level"]}
         | {name: figures[metric][name] * 1e3 for name in ("p50", "p99")}
         for level in summary["levels"]
         for target, figures in level["targets"].items()

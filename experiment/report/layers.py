@@ -8,11 +8,11 @@ import altair as alt
 import numpy as np
 
 from experiment.kv import REASONS
-from experiment.live import Cache, Flags, Moments
+from experiment.live import Cache, Moments
 from experiment.memory import GAP_NS, MAX_POINTS, Layer, Memory, Window, inside, runs, thin
 from experiment.report.charts import COLORS, INK, NAMES, WIDTH, svg
+from experiment.requests import Flags, Floats
 from experiment.results import JSON
-from experiment.stats import Floats
 
 TITLES: dict[Layer, str] = {
     "device": "Device: what the GPU counts as used (NVML)",
@@ -79,7 +79,7 @@ def _band(cell: JSON, window: Window) -> JSON:
     start, end = ((cell[name] - window[0]) / 1e9 for name in ("start_ns", "end_ns"))
     # Narrow bands have no room for a label.
     wide = end - start > 0.03 * (window[1] - window[0]) / 1e9
-    return {"from": start, "to": end, "middle": (start + end) / 2, "label": str(cell["concurrency"]) if wide else ""}
+    return {"from": start, "to": end, "middle": (start + end) / 2, "label": f"{cell['level']:g}" if wide else ""}
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ import pyarrow as pa
 
 from experiment import kv
 from experiment.plan import Cell, Plan
-from experiment.run import cell_requests, warmup
 from loadtest.keeper import summarize
 from loadtest.records import Phase, Record, RecordFile, read, to_bytes
 from monitor.timeline import Series
@@ -39,13 +38,22 @@ ENVIRONMENT = {
     "gpus": [],
     "gpu_reason": "none here",
 }
+PART = {"began": "2026-01-01T00:00:00Z", "boot_id": "a", "wall_minus_monotonic_ns": 0, "plan_sha256": ""}
 SPEEDS = {"hf": 1.0, "vllm": 2.0}
 Speed = Callable[[Cell], float]
 
 
 def make_plan(**options: Any) -> Plan:
-    small: dict[str, Any] = {"concurrency": [2], "requests_per_user": 1, "min_requests": 4, "repeats": 2}
+    """A small plan; `concurrency` is its levels by another name."""
+    small: dict[str, Any] = {"levels": [2], "requests_per_user": 1, "min_requests": 4, "repeats": 2}
+    if "concurrency" in options:
+        options["levels"] = options.pop("concurrency")
     return Plan(**(small | options))
+
+
+def user_of(plan: Plan, target: str) -> str:
+    """The load test's name for a target, which its records bear."""
+    return "hf" if next(one for one in plan.targets if one.name == target).kind == "hf" else "vllm"
 
 
 def make_record(**changes: Any) -> Record:
@@ -57,8 +65,8 @@ def make_record(**changes: Any) -> Record:
 def cell_records(plan: Plan, cell: Cell, speed: float = 1.0) -> list[Record]:
     """Requests of four tokens: one is sent each step of 1/speed s, and each takes as many steps as are in flight."""
     step = round(SECOND / speed)
-    took = cell.concurrency * step
-    first, measured = warmup(cell), plan.requests(cell.concurrency)
+    took = round(cell.level * step)
+    first, measured = plan.warmup(cell.level), plan.measured(cell.level)
 
     def one(index: int) -> Record:
         phase: Phase = "warmup" if index < first else "measured" if index < first + measured else "drain"
@@ -66,7 +74,7 @@ def cell_records(plan: Plan, cell: Cell, speed: float = 1.0) -> list[Record]:
         stamps = [sent + took * part // 4 for part in (1, 2, 3, 4)]
         return make_record(
             index=index,
-            target=cell.target,
+            target=user_of(plan, cell.target),
             phase=phase,
             sent_ns=sent,
             end_ns=sent + took,
@@ -74,7 +82,7 @@ def cell_records(plan: Plan, cell: Cell, speed: float = 1.0) -> list[Record]:
             chunk_tokens=[1, 1, 1, 1],
         )
 
-    return [one(index) for index in range(cell_requests(plan, cell))]
+    return [one(index) for index in range(plan.total(cell.level))]
 
 
 def write_records(path: Path, records: Sequence[Record]) -> None:
@@ -149,11 +157,11 @@ def make_folder(
         records = cell_records(plan, cell, speed(cell))
         write_records(own / "records.arrow", records)
         times = {"start_ns": records[0].sent_ns, "end_ns": records[-1].end_ns, "complete": True}
-        planned = {"planned_requests": cell_requests(plan, cell)}
+        planned = {"planned_requests": plan.total(cell.level), "boot_id": "a"}
         (own / "cell.json").write_text(json.dumps(asdict(cell) | planned | times))
         (own / "client.json").write_text(json.dumps(CLIENT))
     reason = None if state == "complete" else "it was stopped"
     (folder / "plan.json").write_text(json.dumps(plan.model_dump()))
-    (folder / "environment.json").write_text(json.dumps(ENVIRONMENT))
+    (folder / "environment.json").write_text(json.dumps(ENVIRONMENT | {"parts": [PART]}))
     (folder / "status.json").write_text(json.dumps({"state": state, "reason": reason}))
     return folder

@@ -51,7 +51,7 @@ def send(url: str, folder: Path, requests: int) -> subprocess.Popen[bytes]:
 
 def gate(run: Path, client: Path, rule: str) -> JSON:
     shutil.copy(client, run / CELL / "client.json")
-    return next(gate for gate in judge(load(run)) if rule in gate["rule"])
+    return next(gate for gate in judge(load(run), {}) if rule in gate["rule"])
 
 
 def test_what_the_load_generator_says_against_a_run_fails_a_rule(tmp_path: Path, url: str) -> None:

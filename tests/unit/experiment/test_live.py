@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from experiment import requests
 from experiment.live import Cache, caches
 from loadtest.records import Record
 from tests.unit.experiment.folders import kv_row, kv_table, make_record, paged_row
@@ -23,7 +24,7 @@ def request(**changes: Any) -> Record:
 
 
 def bounds(row: dict[str, Any], *records: Record) -> tuple[float, float]:
-    cache = caches({"vllm": kv_table(row)}, {"vllm": records})["vllm"]
+    cache = caches({"vllm": kv_table(row)}, {"vllm": [requests.of(records)]})["vllm"]
     return float(cache.counts["live_low"][0]), float(cache.counts["live_high"][0])
 
 
@@ -69,7 +70,7 @@ def test_what_a_token_takes_is_known_of_each_server_without_the_other() -> None:
 
 def test_of_blocks_that_hold_no_known_number_of_tokens_only_capacity_and_use_are_known() -> None:
     rows = [paged_row(at, unit="blocks", capacity=100, allocated=used) for at, used in ((0, 7), (10, 101))]
-    cache = caches({"vllm": kv_table(*rows)}, {"vllm": [request()]})["vllm"]
+    cache = caches({"vllm": kv_table(*rows)}, {"vllm": [requests.of([request()])]})["vllm"]
     assert (cache.source, cache.unit, cache.broken.tolist()) == ("unknown", "blocks", [False, True])
     assert {name: counts.tolist() for name, counts in cache.counts.items()} == {
         "capacity": [100, 100],
@@ -111,11 +112,11 @@ def test_requests_that_wait_at_the_server_are_not_in_the_making() -> None:
 
 def test_after_a_preemption_what_the_client_saw_is_no_lower_bound() -> None:
     rows = [paged_row(1, allocated=0, running=0), paged_row(15, allocated=0, running=0, waiting=1, preemptions=1)]
-    cache = caches({"vllm": kv_table(*rows)}, {"vllm": [request()]})["vllm"]
+    cache = caches({"vllm": kv_table(*rows)}, {"vllm": [requests.of([request()])]})["vllm"]
     assert (cache.counts["live_low"][1], cache.broken[1]) == (0, False)
     before = [paged_row(-20, allocated=0, running=0), paged_row(-9, preemptions=1, allocated=0, running=0)]
     before.append(paged_row(15, preemptions=1, allocated=48))
-    cache = caches({"vllm": kv_table(*before)}, {"vllm": [request()]})["vllm"]
+    cache = caches({"vllm": kv_table(*before)}, {"vllm": [requests.of([request()])]})["vllm"]
     assert cache.counts["live_low"][2] == 40
 
 
@@ -124,7 +125,7 @@ def test_shared_prefixes_leave_the_bound_of_the_blocks() -> None:
 
 
 def test_bounds_that_contradict_each_other_are_marked_and_kept() -> None:
-    cache = caches({"vllm": kv_table(paged_row(15, allocated=32))}, {"vllm": [request()]})["vllm"]
+    cache = caches({"vllm": kv_table(paged_row(15, allocated=32))}, {"vllm": [requests.of([request()])]})["vllm"]
     assert cache.broken.tolist() == [True]
     assert (cache.counts["live_low"][0], cache.counts["live_high"][0]) == (32, 32)
     nobody = caches({"vllm": kv_table(paged_row(15, allocated=32))}, {})["vllm"]
@@ -211,7 +212,7 @@ def play(draw: random.Random, block: int, preempt: bool) -> tuple[list[dict[str,
 @given(st.integers(0, 10**9), st.sampled_from([1, 4, 16, 64]), st.booleans())
 def test_what_a_played_server_really_holds_is_within_the_bounds(seed: int, block: int, preempt: bool) -> None:
     rows, truth, records = play(random.Random(seed), block, preempt)
-    cache: Cache = caches({"vllm": kv_table(*rows)}, {"vllm": records})["vllm"]
+    cache: Cache = caches({"vllm": kv_table(*rows)}, {"vllm": [requests.of(records)]})["vllm"]
     assert not cache.broken.any()
     assert (cache.counts["live_low"] <= np.array(truth)).all()
     assert (np.array(truth) <= cache.counts["live_high"]).all()

@@ -8,13 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from experiment import memory
+from experiment import memory, requests
 from experiment.memory import Memory, Series, gather
 from monitor.timeline import Series as Sampled
 from tests.unit.experiment.folders import SECOND, kv_row, kv_table, make_record, paged_row, timeline
 
 HF, VLLM = (Sampled("host_pss_bytes", server=name) for name in ("hf", "vllm"))
 WHOLE = [(0, 1000 * SECOND)]
+SERVERS: dict[str, list[requests.Requests]] = {"hf": [], "vllm": []}
 
 
 def on_gpu(server: str, gpu: str) -> Sampled:
@@ -22,7 +23,7 @@ def on_gpu(server: str, gpu: str) -> Sampled:
 
 
 def of_monitor(rows: dict[Sampled, Any]) -> list[Series]:
-    return gather(timeline(rows), {}, {}).series
+    return gather(timeline(rows), {}, SERVERS).series
 
 
 def names(series: list[Series]) -> list[tuple[str, str, str]]:
@@ -60,7 +61,7 @@ def test_gpus_and_their_parts_are_in_the_order_of_their_numbers() -> None:
 def test_a_timeline_with_numbers_for_gpus_is_read_too() -> None:
     table = timeline({on_gpu("hf", "1"): [3.0]}).drop_columns(["detail"])
     table = table.set_column(table.schema.get_field_index("gpu"), "gpu", pa.array([1], pa.int16()))
-    assert names(gather(table, {}, {}).series) == [("process", "hf", "1")]
+    assert names(gather(table, {}, SERVERS).series) == [("process", "hf", "1")]
 
 
 def test_there_are_no_series_without_samples() -> None:
@@ -69,7 +70,7 @@ def test_there_are_no_series_without_samples() -> None:
 
 def test_pieces_of_a_timeline_are_put_in_the_order_of_time() -> None:
     whole = timeline({HF: [1.0, 2.0, 3.0]})
-    (series,) = gather(pa.concat_tables([whole.slice(2), whole.slice(0, 2)]), {}, {}).series
+    (series,) = gather(pa.concat_tables([whole.slice(2), whole.slice(0, 2)]), {}, SERVERS).series
     assert series.values.tolist() == [1.0, 2.0, 3.0]
 
 
@@ -107,7 +108,7 @@ def test_bounds_of_live_give_bounds_of_the_waste() -> None:
     chunks = {"chunk_ns": [SECOND, 3 * SECOND, 4 * SECOND], "chunk_tokens": [1, 1, 1], "end_ns": 5 * SECOND}
     record = make_record(target="vllm", prompt_tokens=9, output_tokens=3, **chunks)
     samples = {"hf": kv_table(kv_row(0)), "vllm": kv_table(paged_row(2 * SECOND))}
-    parts = gather(None, samples, {"vllm": [record]}).figures("vllm", WHOLE)["kv"]["parts"]
+    parts = gather(None, samples, {"vllm": [requests.of([record])]}).figures("vllm", WHOLE)["kv"]["parts"]
     assert parts["live"]["share"] == [9 / 16, 11 / 16]
     assert parts["fragmentation"]["share"] == [5 / 16, 7 / 16]
     assert set(parts) == {"live", "fragmentation"}

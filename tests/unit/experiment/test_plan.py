@@ -14,10 +14,10 @@ LEVELS = st.lists(st.integers(1, 64), min_size=1, max_size=4, unique=True)
 
 
 def test_each_level_runs_a_b_b_a() -> None:
-    cells = list(Plan(concurrency=[1, 4], repeats=3).cells())
+    cells = list(Plan(levels=[1, 4], repeats=3).cells())
     order = ["hf", "vllm", "vllm", "hf", "hf", "vllm"]
     assert [cell.target for cell in cells] == order * 2
-    assert [cell.concurrency for cell in cells] == [1] * 6 + [4] * 6
+    assert [cell.level for cell in cells] == [1] * 6 + [4] * 6
     assert [cell.repeat for cell in cells] == [1, 1, 2, 2, 3, 3] * 2
     assert [cell.index for cell in cells] == list(range(1, 13))
 
@@ -27,8 +27,8 @@ def test_both_servers_of_a_pair_get_the_same_seed_and_no_other_pair_does(
     levels: list[int], repeats: int, seed: int
 ) -> None:
     seeds: dict[tuple[int, int], list[int]] = defaultdict(list)
-    for cell in Plan(concurrency=levels, repeats=repeats, seed=seed).cells():
-        seeds[cell.concurrency, cell.repeat].append(cell.seed)
+    for cell in Plan(levels=levels, repeats=repeats, seed=seed).cells():
+        seeds[cell.level, cell.repeat].append(cell.seed)
     assert all(len(pair) == 2 and pair[0] == pair[1] for pair in seeds.values())
     assert len({pair[0] for pair in seeds.values()}) == len(seeds) == len(levels) * repeats
 
@@ -39,23 +39,23 @@ def test_another_seed_gives_other_requests() -> None:
 
 
 def test_folders_of_cells_sort_in_the_order_in_which_they_run() -> None:
-    names = [cell.name for cell in Plan(concurrency=[16, 1], repeats=2).cells()]
+    names = [cell.name for cell in Plan(levels=[16, 1], repeats=2).cells()]
     assert names == sorted(names)
     assert names[0] == "01-hf-c16-r1"
 
 
 @pytest.mark.parametrize(("level", "requests"), [(1, 40), (6, 40), (10, 60)])
 def test_a_cell_has_its_least_number_of_requests_and_more_where_more_are_in_flight(level: int, requests: int) -> None:
-    assert Plan(requests_per_user=6, min_requests=40).requests(level) == requests
+    assert Plan(requests_per_user=6, min_requests=40).measured(level) == requests
 
 
 @pytest.mark.parametrize(
     ("option", "value"),
     [
-        ("concurrency", [0]),
-        ("concurrency", [-1]),
-        ("concurrency", []),
-        ("concurrency", [1, 4, 1]),
+        ("levels", [0]),
+        ("levels", [-1]),
+        ("levels", []),
+        ("levels", [1, 4, 1]),
         ("repeats", 0),
         ("workload", "other"),
         ("hf_port", 0),
@@ -79,9 +79,3 @@ def test_an_unknown_option_is_refused() -> None:
 
 def test_well_formed_arguments_of_the_servers_are_kept_as_given() -> None:
     assert Plan(vllm_args="-- --enforce-eager 'a b'").vllm_args == "-- --enforce-eager 'a b'"
-
-
-def test_the_environment_sets_options(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HEADROOM_CONCURRENCY", "[2, 8]")
-    monkeypatch.setenv("HEADROOM_MODEL", "random:other")
-    assert (Plan().concurrency, Plan().model) == ([2, 8], "random:other")

@@ -40,7 +40,7 @@ def summary_of(folder: Path) -> JSON:
 
 
 def verdicts(summary: JSON) -> set[str]:
-    ratios = [ratio for level in summary["levels"] for ratio in level["ratios"].values()]
+    ratios = [ratio for level in summary["levels"] for one in level["ratios"].values() for ratio in one.values()]
     return {ratio["verdict"] for ratio in ratios if ratio and "verdict" in ratio}
 
 
@@ -66,9 +66,9 @@ def test_a_run_without_fault_is_valid_and_vllm_is_twice_as_fast(folder: Path) ->
     assert summary["valid"] is True
     assert verdicts(summary) == {"faster"}
     (level,) = summary["levels"]
-    assert level["ratios"]["ttft_seconds"]["value"] == pytest.approx(2)
-    assert level["ratios"]["output_throughput"]["value"] == pytest.approx(2)
-    assert level["ratios"]["output_throughput"]["repeats"] == pytest.approx([2, 2])
+    assert level["ratios"]["vllm"]["ttft_seconds"]["value"] == pytest.approx(2)
+    assert level["ratios"]["vllm"]["output_throughput"]["value"] == pytest.approx(2)
+    assert level["ratios"]["vllm"]["output_throughput"]["repeats"] == pytest.approx([2, 2])
 
 
 def test_figures_of_a_server_are_those_of_its_measured_requests(folder: Path) -> None:
@@ -123,7 +123,7 @@ def test_the_headline_is_of_the_highest_level_that_both_ran(tmp_path: Path) -> N
     shutil.rmtree(folder / "cells" / "04-vllm-c8-r1")
     summary = summary_of(folder)
     assert "At concurrency 2 " in summary["headline"]
-    lonely = next(level for level in summary["levels"] if level["concurrency"] == 8)
+    lonely = next(level for level in summary["levels"] if level["level"] == 8)
     assert list(lonely["targets"]) == ["hf"]
     assert not lonely["ratios"]
 
@@ -132,7 +132,7 @@ def test_a_level_that_no_server_ran_is_left_out(tmp_path: Path) -> None:
     folder = make_folder(tmp_path, make_plan(concurrency=[1, 2], repeats=1), state="partial")
     for name in ("03-hf-c2-r1", "04-vllm-c2-r1"):
         shutil.rmtree(folder / "cells" / name)
-    assert [level["concurrency"] for level in summary_of(folder)["levels"]] == [1]
+    assert [level["level"] for level in summary_of(folder)["levels"]] == [1]
 
 
 def test_a_run_in_which_nothing_was_measured_compares_nothing(tmp_path: Path) -> None:
@@ -146,7 +146,7 @@ def test_a_run_in_which_nothing_was_measured_compares_nothing(tmp_path: Path) ->
 def test_a_server_that_ran_twice_is_compared_only_where_the_other_ran_too(folder: Path) -> None:
     shutil.rmtree(folder / "cells" / "03-vllm-c2-r2")
     (level,) = summary_of(folder)["levels"]
-    assert len(level["ratios"]["output_throughput"]["repeats"]) == 1
+    assert len(level["ratios"]["vllm"]["output_throughput"]["repeats"]) == 1
 
 
 def lose_client(folder: Path) -> None:

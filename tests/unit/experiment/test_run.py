@@ -13,15 +13,15 @@ from tests.unit.experiment.folders import make_plan
 
 
 def cell(target: str = "hf", concurrency: int = 4) -> Cell:
-    return Cell(index=1, target=target, concurrency=concurrency, repeat=1, seed=1)
+    return Cell(index=1, target=target, level=concurrency, repeat=1, seed=1)
 
 
 @pytest.mark.parametrize(("concurrency", "warmup", "drain"), [(1, 2, 0), (2, 2, 1), (16, 16, 15)])
 def test_one_warms_up_for_each_in_flight_and_one_less_keeps_the_load_up(
     concurrency: int, warmup: int, drain: int
 ) -> None:
-    assert run.warmup(cell(concurrency=concurrency)) == warmup
-    assert run.drain(cell(concurrency=concurrency)) == drain
+    assert run.warmup(cell(level=concurrency)) == warmup
+    assert run.drain(cell(level=concurrency)) == drain
 
 
 @given(st.integers(1, 200), st.integers(1, 9), st.integers(2, 50))
