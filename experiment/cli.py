@@ -10,6 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from experiment.classic import classic
 from experiment.compare import INTERRUPTED, compare, resume, up, write_report
 from experiment.diff import diff
 from experiment.doctor import doctor
@@ -28,6 +29,7 @@ USAGE = """usage: headroom COMMAND [options]
   diff DIR DIR compare two runs metric by metric
   list [DIR]   list the runs in a folder, results if none is given
   gate         run a plan, or take a run, and judge it by limits and a baseline run: 0 passed, 1 failed, 2 invalid
+  classic      the classic experiment: four inputs on both servers, step by step, and what it showed
   calibrate    find the rate up to which this machine's load generator tells the truth
   doctor       say what this machine has, and what to do about what is missing
 
@@ -47,6 +49,7 @@ def main() -> None:
         "diff": lambda rest: _reading(diff, rest),
         "list": lambda rest: _reading(list_runs, rest),
         "gate": lambda rest: _reading(partial(gate, plan_of=_plan), rest),
+        "classic": lambda rest: classic(rest, _plan, console),
         "calibrate": lambda rest: subprocess.call([sys.executable, "-m", "loadtest.calibrate", *rest]),
         "doctor": _doctor,
     }
