@@ -9,6 +9,8 @@ from experiment.classic_memory import Reading
 
 # A change of memory that is smaller is called none.
 FLAT = 0.01
+# Inputs that were sent within this share of the time that they took were sent at once.
+AT_ONCE = 0.05
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,11 @@ def _times(hf: Served, vllm: Served) -> Iterator[Finding]:
     yield Finding("same_work", {"tokens": sum(one.output_tokens for one in hf.answers)})
     first, single = (total_seconds(one.answers, at_once=False) for one in (hf, vllm))
     together = total_seconds(vllm.at_once, at_once=True)
+    sent = [one.sent_ns for one in vllm.at_once]
+    apart = (max(sent) - min(sent)) / 1e9
+    if apart > AT_ONCE * together:
+        yield Finding("not_at_once", {"apart": apart})
+        return
     figures = {"hf": first, "single": single, "together": together}
     key = "faster" if together < first else "slower"
     yield Finding(key, figures | {"times": max(first, together) / min(first, together)})
