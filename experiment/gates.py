@@ -15,7 +15,7 @@ def judge(results: Results, drifts: Mapping[int, str]) -> Iterator[JSON]:
     """Hold a run against each rule: its `id`, its name as `rule`, whether it `passed`, and what was `found`.
 
     `drifts` says what was not steady in which cell. The cells of a search for the saturation are there to be
-    overloaded: of them only the load generator is judged.
+    overloaded, and may be stopped when they are: of them only the speed of the load generator is judged.
     """
     cells = [cell for cell in results.cells if not cell.search]
     planned = [
@@ -38,7 +38,7 @@ def judge(results: Results, drifts: Mapping[int, str]) -> Iterator[JSON]:
     yield _gate("answered", "every request was answered", not failed, kinds)
     yield _same_work(results.plan, list(whole.values()))
     yield _nothing_drifted(results.plan, cells, drifts)
-    yield _client_came_to_its_end(results.cells)
+    yield _client_came_to_its_end(cells)
     yield _client_was_fast_enough(results.cells)
 
 

@@ -72,7 +72,7 @@ class Target(BaseModel):
         if self.url and self.args:
             raise ValueError("args are for a server that is started here; with a url none is")
         if self.model and not self.url:
-            raise ValueError("model is for a server at a url; the plan's model is served by those that are started here")
+            raise ValueError("model is for a server at a url; those that are started here serve the plan's")
         return self
 
 
