@@ -28,6 +28,8 @@ def gate(arguments: Sequence[str], plan_of: Callable[[Sequence[str]], Plan], con
     options.add_argument("--run", type=Path, metavar="DIR", help="judge this run, instead of running a plan")
     options.add_argument("--allowed-regression", metavar="SHARE", help="in place of the plan's, for example 0.05")
     given, rest = options.parse_known_args(arguments)
+    if resumed := [one for one in rest if one.split("=")[0] == "--resume"]:
+        options.error(f"{resumed[0]}: go on with headroom compare, then give the folder as --run")
     if given.run and rest:
         options.error(f"--run: that run's own plan holds; {rest[0]!r} cannot be given with it")
     override = {} if given.allowed_regression is None else {"allowed_regression": given.allowed_regression}

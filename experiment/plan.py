@@ -158,6 +158,9 @@ class Plan(BaseModel):
             raise ValueError("saturation: true: needs arrival poisson or constant, and limits such as ttft_seconds")
         if self.resident == "one" and not self.max_model_len:
             raise ValueError("max_model_len: None: resident one needs it, as no server knows the others' limit")
+        names = [target.name for target in self.targets]
+        if unknown := [name for name in self.gate.targets if name not in names]:
+            raise ValueError(f"gate.targets: {unknown[0]!r}: expected names of targets: {', '.join(names)}")
         return self
 
     def measured(self, level: float) -> int:

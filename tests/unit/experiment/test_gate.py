@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,7 +17,7 @@ from experiment.gate_report import as_junit
 from experiment.judgement import Ruling, judge, verdict
 from experiment.plan import Cell, Plan
 from experiment.rules import METRICS, Rules
-from experiment.two_runs import read
+from experiment.two_runs import change, read
 from tests.unit.experiment.folders import SPEEDS, change_json, change_records, make_folder, make_plan
 
 CELL = "01-hf-c2-r1"
@@ -295,3 +296,27 @@ def test_every_metric_can_be_a_rule(tmp_path: Path, baseline: Path) -> None:
 def test_rules_of_a_plan_refuse_unknown_keys() -> None:
     with pytest.raises(ValidationError):
         Rules.model_validate({"allowed": 0.1})
+
+
+def test_a_plan_names_targets_that_it_has() -> None:
+    with pytest.raises(ValidationError, match=r"gate.targets: 'tgi': expected names of targets: hf, vllm"):
+        make_plan(gate={"targets": ["tgi"]})
+
+
+def test_a_run_is_not_resumed_in_a_gate(baseline: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        command.gate(["--baseline", str(baseline), "--resume=x"], lambda _: make_plan(), Console())
+    assert "--resume=x: go on with headroom compare, then give the folder as --run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("true", "least", "most"), [(1.0, 0.0, 0.02), (0.95, 0.01, 0.04), (0.8, 0.95, 1.0)])
+def test_how_often_a_regression_of_known_size_fails(true: float, least: float, most: float) -> None:
+    """At just what is allowed, an interval of 95 % is wholly beyond it in 2.5 of 100 runs."""
+    draw = np.random.default_rng(11)
+    failed = 0
+    for _ in range(2000):
+        before, now = np.exp(draw.normal(0, 0.03, (2, 4)))
+        one = change((1, "vllm", "output_throughput"), before.tolist(), (now * true).tolist(), paired=True)
+        assert one.high is not None
+        failed += one.high < 0.95
+    assert least <= failed / 2000 <= most
