@@ -210,7 +210,7 @@ class Show:
         }
         parts |= {"kv": (reading.allocated, reading.unit), "capacity": (reading.capacity, reading.unit)}
         known = [f"{self.text(name)} {amount(*value)}" for name, value in parts.items() if value[0] is not None]
-        self.console.print(f"{time.strftime('%H:%M:%S')}  {', '.join(known)}", markup=False)
+        self.console.print(f"{time.strftime('%H:%M:%S')}  {'  '.join(known)}", markup=False)
 
     def answers(self, key: str, answers: Sequence[Answer], readings: Sequence[Reading]) -> None:
         """Print a row for each answer and the totals; with one reading for all it stands in the last row."""
