@@ -10,7 +10,7 @@ from typing import Literal
 
 from experiment.results import JSON, damage_named
 from experiment.rules import RATES, Rules
-from experiment.two_runs import Change, Key, Run, changes, differences, level_name, ratio, show, targets
+from experiment.two_runs import Change, Key, Run, changes, differences, drifting, level_name, ratio, show, targets
 
 Outcome = Literal["passed", "failed", "invalid"]
 
@@ -91,9 +91,14 @@ def _regressions(baseline: Run, run: Run, rules: Rules, names: Sequence[str]) ->
     found = {(one.level, one.target, one.metric): one for one in changes(baseline, run, rules.metrics)}
     for level in run.summary["levels"]:
         for name in names:
+            key, figures = (level["level"], name), level["targets"].get(name)
+            behind = figures and len(drifting(run, key)) == len(figures["output_throughput"])
+            if behind and not drifting(baseline, key):
+                told = "drifted in every repeat, the baseline in none"
+                yield Ruling(_group(key, run), "latency keeps steady", "failed", told, "latency", "steady")
             for metric in rules.metrics:
-                key = (level["level"], name)
-                yield _regression(_group(key, run), metric, found.get((*key, metric)), rules.allowed_regression)
+                if metric in RATES or not behind or drifting(baseline, key):
+                    yield _regression(_group(key, run), metric, found.get((*key, metric)), rules.allowed_regression)
 
 
 def _regression(group: str, metric: str, change: Change | None, allowed: float) -> Ruling:
@@ -106,6 +111,8 @@ def _regression(group: str, metric: str, change: Change | None, allowed: float) 
     if change is None:
         return ruling("invalid", "there is no such figure in both runs")
     figures = {"baseline": show(metric, change.first), "now": show(metric, change.second), "ratio": ratio(change)}
+    if change.verdict == "invalid":
+        return ruling("invalid", "a run is not valid, or drifted", **figures)
     if change.low is None or change.high is None:
         return ruling("invalid", "no interval: both runs need two repeats", **figures)
     if change.high < 1 - allowed:

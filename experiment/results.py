@@ -101,7 +101,8 @@ def load(folder: Path) -> Results:
     with damage_named(folder / "environment.json"):
         parts = _parts(environment)
     shifts = {part["boot_id"]: part["shift_ns"] for part in parts}
-    cells = [_load_cell(path.parent, shifts) for path in sorted((folder / "cells").glob("*/cell.json"))]
+    cells = [_load_cell(path.parent, shifts) for path in (folder / "cells").glob("*/cell.json")]
+    cells.sort(key=lambda cell: cell.index)
     timeline, samples = [], defaultdict(list)
     for part in parts:
         shift = partial(shifted, shift_ns=part["shift_ns"])

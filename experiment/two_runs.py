@@ -120,7 +120,14 @@ def changes(first: Run, second: Run, metrics: Sequence[str]) -> Iterator[Change]
                 values = [{repeat: own[repeat] for repeat in sorted(both)} for own in values]
             if all(values):
                 one = change((*key, metric), *(list(own.values()) for own in values), paired=compared > different == 0)
-                yield one if valid else replace(one, verdict="invalid")
+                known = valid and (metric in RATES or not any(drifting(run, key) for run in (first, second)))
+                yield one if known else replace(one, verdict="invalid")
+
+
+def drifting(run: Run, key: Key) -> list[int]:
+    """The repeats of a level and target in which a queue grew or shrank, so that no latency has a mean."""
+    figures = next((level["targets"].get(key[1]) for level in run.summary["levels"] if level["level"] == key[0]), None)
+    return list(figures["unstable"]) if figures else []
 
 
 def _place(key: Key, order: Sequence[str]) -> tuple[float, int]:

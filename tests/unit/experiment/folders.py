@@ -86,6 +86,7 @@ def cell_records(plan: Plan, cell: Cell, speed: float = 1.0) -> list[Record]:
 
 
 def write_records(path: Path, records: Sequence[Record]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.unlink(missing_ok=True)
     file = RecordFile(path)
     file.write(to_bytes(records))

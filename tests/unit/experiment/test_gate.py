@@ -298,6 +298,32 @@ def test_rules_of_a_plan_refuse_unknown_keys() -> None:
         Rules.model_validate({"allowed": 0.1})
 
 
+@pytest.mark.parametrize(
+    ("before", "now", "outcomes"),
+    [
+        ([], [1, 2, 3, 4], {"latency": "failed", "output_throughput": "passed"}),
+        ([], [2], {"ttft_seconds.mean": "invalid", "output_throughput": "passed"}),
+        ([1], [1, 2, 3, 4], {"ttft_seconds.mean": "invalid", "output_throughput": "passed"}),
+        ([], [], {"ttft_seconds.mean": "passed", "output_throughput": "passed"}),
+    ],
+)
+def test_a_latency_that_drifts_has_no_mean_to_judge(
+    tmp_path: Path, baseline: Path, before: list[int], now: list[int], outcomes: dict[str, str]
+) -> None:
+    first, second = read(baseline), read(make(tmp_path / "run"))
+    for run, repeats in ((first, before), (second, now)):
+        run.summary["levels"][0]["targets"]["vllm"]["unstable"] = repeats
+    rules = Rules(metrics=["output_throughput", "ttft_seconds.mean"])
+    assert {one.metric: one.outcome for one in judge(second, first, rules) if one.metric} == outcomes
+
+
+def test_one_server_alone_can_be_judged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    alone: dict[str, Any] = {"targets": [{"name": "vllm", "kind": "vllm"}]}
+    first, second = make(tmp_path / "a", **alone), make(tmp_path / "b", 0.8, 0.001, **alone)
+    assert run_gate(first, first, capsys)[0] == 0
+    assert run_gate(first, second, capsys)[0] == 1
+
+
 def test_a_plan_names_targets_that_it_has() -> None:
     with pytest.raises(ValidationError, match=r"gate.targets: 'tgi': expected names of targets: hf, vllm"):
         make_plan(gate={"targets": ["tgi"]})

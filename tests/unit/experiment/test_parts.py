@@ -1,6 +1,7 @@
 """A run's folder: what is resumed, what is refused, and what is put aside."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,9 @@ import pytest
 from experiment import parts
 from experiment.parts import ResumeError
 from experiment.plan import Plan
-from tests.unit.experiment.folders import change_json, make_plan
+from experiment.results import load
+from loadtest.records import Record
+from tests.unit.experiment.folders import PART, SECOND, change_json, change_records, make_folder, make_plan, write_kv
 
 
 @pytest.fixture
@@ -88,3 +91,32 @@ def test_what_is_no_run_is_refused_in_one_message(folder: Path, name: str, conte
 def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ResumeError, match="nowhere"):
         parts.read(tmp_path / "nowhere")
+
+
+def test_parts_before_and_after_a_new_start_of_the_machine_are_on_one_axis(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "run")
+    write_kv(folder)
+    before = load(folder)
+    # The last cell as it would be had the machine been started anew 7 s after the run's clock began.
+    moved = -7 * SECOND
+    *_, last = sorted((folder / "cells").iterdir())
+    cell = before.cells[-1]
+    chunks = [one.ns.tolist() for one in cell.requests.chunks()]
+    change_json(last / "cell.json", boot_id="b", start_ns=cell.start_ns + moved, end_ns=cell.end_ns + moved)
+    change_records(folder, last.name, lambda records: [later(record, moved) for record in records])
+    second = {"boot_id": "b", "wall_minus_monotonic_ns": -moved}
+    change_json(folder / "environment.json", parts=[PART, PART | second])
+    (folder / "kv-2").mkdir()
+    (folder / "kv" / f"{cell.target}.arrow").rename(folder / "kv-2" / f"{cell.target}.arrow")
+    after = load(folder)
+    assert (after.cells[-1].start_ns, after.cells[-1].end_ns) == (cell.start_ns, cell.end_ns)
+    for name in ("sent_ns", "end_ns", "first_ns", "last_ns", "scheduled_ns"):
+        assert getattr(after.cells[-1].requests, name).tolist() == getattr(cell.requests, name).tolist()
+    assert [one.ns.tolist() for one in after.cells[-1].requests.chunks()] == chunks
+    old, new = (results.memory.caches[cell.target].time_ns for results in (before, after))
+    assert (new - old == -moved).all()
+
+
+def later(record: Record, ns: int) -> Record:
+    stamps = [stamp + ns for stamp in record.chunk_ns]
+    return replace(record, sent_ns=record.sent_ns + ns, end_ns=record.end_ns + ns, chunk_ns=stamps)
