@@ -18,8 +18,9 @@ from experiment.saturation import Search
 LOCUSTFILE = Path(__file__).parents[2] / "loadtest" / "locustfile.py"
 SEATS, SERVICE_SECONDS, TOKENS = 4, 0.16, 4
 CAPACITY = SEATS / SERVICE_SECONDS
-# In a constant process nothing waits below the capacity; above it the line grows with every request.
-LIMITS, SHARE, REQUESTS = {"ttft_seconds": SERVICE_SECONDS / TOKENS + 0.04}, 0.99, 150
+# In a constant process nothing waits below the capacity; above it the line grows with every request, and at the end is
+# longer than the limit when the rate is two in a hundred too high.
+LIMITS, SHARE, REQUESTS = {"ttft_seconds": SERVICE_SECONDS / TOKENS + 0.08}, 0.99, 150
 
 
 class Seats:
@@ -101,7 +102,7 @@ def load(url: str, rate: float, path: Path) -> requests.Requests:
 
 
 def test_the_capacity_of_a_server_is_found_within_5_percent_in_at_most_12_cells(tmp_path: Path) -> None:
-    search = Search(start=10.0)
+    search = Search(start=15.0, precision=0.03)
     told: list[tuple[float, float | None]] = []
     with serving() as url:
         while (rate := search.next_rate()) is not None:
@@ -111,6 +112,5 @@ def test_the_capacity_of_a_server_is_found_within_5_percent_in_at_most_12_cells(
             told.append((rate, share))
             search.tell(rate, (share or 0) >= SHARE)
     found, reason = search.result
-    print(told, reason)
     assert len(told) <= 12, told
     assert found == pytest.approx(CAPACITY, rel=0.05), (told, reason)

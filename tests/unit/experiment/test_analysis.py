@@ -152,4 +152,5 @@ def test_gates_have_names_of_their_own(tmp_path: Path) -> None:
     found = summary(make(tmp_path, [("one", 1.0, 1, False, requests(0.1))]))
     names = [gate["id"] for gate in found["gates"]]
     assert names == ["cells", "answered", "same-work", "no-drift", "client-complete", "client-fast"]
+    assert found["gates"][3]["found"] == "no trend; 1 of 1 cells were long enough to tell"
     assert found["gates"][0]["found"] == "missing or short: vllm at 1 requests/s, repeat 1"
