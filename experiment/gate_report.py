@@ -60,6 +60,9 @@ def _markdown(outcome: Outcome, run: Run, baseline: Run, rulings: Sequence[Rulin
             yield f"| {' | '.join(_text(cell) or '-' for cell in cells)} | {mark}{_text(one.found)} |"
     yield ""
     yield "A ratio above 1 is better than the baseline. A regression fails when its whole interval is beyond it."
+    wide, held = sum(one.wide for one in rulings), sum(bool(one.ratio) for one in rulings)
+    if wide:
+        yield f"{wide} of {held} intervals are too wide to exclude more than the allowed: more repeats narrow them."
     yield ""
     yield f"Run `{run.folder}`, baseline `{baseline.folder}`."
     for difference in differences(baseline, run):

@@ -5,7 +5,7 @@ neither passed nor failed.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from experiment.results import JSON, damage_named
@@ -17,7 +17,10 @@ Outcome = Literal["passed", "failed", "invalid"]
 
 @dataclass(frozen=True)
 class Ruling:
-    """One rule and what became of it; `group` is what it is about. One of a metric has the figures, in words."""
+    """One rule and what became of it; `group` is what it is about. One of a metric has the figures, in words.
+
+    It is `wide` when its interval leaves open whether more than the allowed was lost.
+    """
 
     group: str
     rule: str
@@ -28,6 +31,7 @@ class Ruling:
     baseline: str = ""
     now: str = ""
     ratio: str = ""
+    wide: bool = False
 
 
 def judge(run: Run, baseline: Run, rules: Rules) -> Iterator[Ruling]:
@@ -120,7 +124,8 @@ def _regression(group: str, metric: str, change: Change | None, allowed: float) 
     if change.low >= 1 - allowed:
         return ruling("passed", "worse, as allowed" if change.verdict == "worse" else change.verdict, **figures)
     told = "worse, but not surely more than allowed" if change.verdict == "worse" else change.verdict
-    return ruling("passed", f"{told}; {(1 - change.low) * 100:.0f} % worse is not excluded", **figures)
+    told += f"; {(1 - change.low) * 100:.0f} % worse is not excluded"
+    return replace(ruling("passed", told, **figures), wide=True)
 
 
 def _group(key: Key, run: Run) -> str:

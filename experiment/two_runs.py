@@ -200,9 +200,9 @@ def differences(first: Run, second: Run) -> list[Difference]:
 def _of_plan(first: Run, second: Run) -> Iterator[Difference]:
     theirs, ours = (dict(flat(run.results.plan)) for run in (first, second))
     for key in dict.fromkeys([*theirs, *ours]):
-        name = key.split(".")[0]
-        if theirs.get(key) != ours.get(key) and name not in ELSEWHERE:
-            yield Difference(f"plan: {key}", _text(theirs.get(key)), _text(ours.get(key)), name in WORK)
+        name, values = key.split(".")[0], (_text(theirs.get(key)), _text(ours.get(key)))
+        if values[0] != values[1] and name not in ELSEWHERE:
+            yield Difference(f"plan: {key}", *values, name in WORK)
 
 
 def flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:

@@ -71,6 +71,16 @@ def test_a_regression_fails_when_its_interval_is_beyond_what_is_allowed(
 ) -> None:
     ruling = regressions(baseline, make(tmp_path / "run", factor, spread))["output_throughput"]
     assert (ruling.outcome, ruling.found) == (outcome, found)
+    assert ruling.wide == ("not excluded" in found)
+
+
+def test_a_pass_says_how_many_intervals_prove_little(
+    tmp_path: Path, baseline: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out = run_gate(baseline, make(tmp_path / "run", 0.9, 0.5), capsys)
+    assert code == 0
+    assert "3 of 3 intervals are too wide to exclude more than the allowed" in out
+    assert "too wide" not in run_gate(baseline, make(tmp_path / "same"), capsys)[1]
 
 
 def test_what_is_allowed_decides(tmp_path: Path, baseline: Path, capsys: pytest.CaptureFixture[str]) -> None:
