@@ -108,24 +108,24 @@ def _regressions(baseline: Run, run: Run, rules: Rules, names: Sequence[str]) ->
 def _regression(group: str, metric: str, change: Change | None, allowed: float) -> Ruling:
     """A regression counts when the whole interval is beyond what is allowed."""
     limit = f"at most {allowed * 100:g} % worse"
-
-    def ruling(outcome: Outcome, told: str, **figures: str) -> Ruling:
-        return Ruling(group, f"{metric}: {limit} than the baseline", outcome, told, metric, limit, **figures)
-
+    rule, missing = f"{metric}: {limit} than the baseline", "there is no such figure in both runs"
+    ruling = Ruling(group, rule, "invalid", missing, metric, limit)
     if change is None:
-        return ruling("invalid", "there is no such figure in both runs")
-    figures = {"baseline": show(metric, change.first), "now": show(metric, change.second), "ratio": ratio(change)}
+        return ruling
+    figures = show(metric, change.first), show(metric, change.second), ratio(change)
+    ruling = Ruling(group, rule, "invalid", "a run is not valid, or drifted", metric, limit, *figures)
     if change.verdict == "invalid":
-        return ruling("invalid", "a run is not valid, or drifted", **figures)
+        return ruling
     if change.low is None or change.high is None:
-        return ruling("invalid", "no interval: both runs need two repeats", **figures)
+        return replace(ruling, found="no interval: both runs need two repeats")
     if change.high < 1 - allowed:
-        return ruling("failed", "worse than allowed", **figures)
+        return replace(ruling, outcome="failed", found="worse than allowed")
+    worse = change.verdict == "worse"
     if change.low >= 1 - allowed:
-        return ruling("passed", "worse, as allowed" if change.verdict == "worse" else change.verdict, **figures)
-    told = "worse, but not surely more than allowed" if change.verdict == "worse" else change.verdict
-    told += f"; {(1 - change.low) * 100:.0f} % worse is not excluded"
-    return replace(ruling("passed", told, **figures), wide=True)
+        return replace(ruling, outcome="passed", found="worse, as allowed" if worse else change.verdict)
+    told = "worse, but not surely more than allowed" if worse else str(change.verdict)
+    open_ = f"{(1 - change.low) * 100:.0f} % worse is not excluded"
+    return replace(ruling, outcome="passed", found=f"{told}; {open_}", wide=True)
 
 
 def _group(key: Key, run: Run) -> str:
