@@ -52,6 +52,10 @@ class Target(BaseModel):
     url: str = Field("", pattern="^(https?://.+)?$", description="use the server there instead of starting one")
     model: str = Field("", description="model to ask a server at a URL for; default: the first that it offers")
 
+    def __repr__(self) -> str:
+        """What was said of it, as a plan says it."""
+        return str(self.model_dump(exclude_defaults=True))
+
     @field_validator("name")
     @classmethod
     def _is_free(cls, name: str) -> str:

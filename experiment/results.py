@@ -43,7 +43,7 @@ class CellResult:
     """One cell as it was run: who, how loaded, when (CLOCK_MONOTONIC ns), its requests and the client's self-check.
 
     `level` is a number of requests in flight, or in an open loop a rate in requests per second. A cell of the `search`
-    for the saturation belongs to no level.
+    for the saturation belongs to no level, and is stopped early when it cannot meet the limits any more.
     """
 
     index: int
@@ -51,6 +51,7 @@ class CellResult:
     level: float
     repeat: int
     search: bool
+    stopped_early: bool
     planned_requests: int
     start_ns: int
     end_ns: int
@@ -158,6 +159,7 @@ def _load_cell(folder: Path, shifts: Mapping[str, int]) -> CellResult:
         start_ns = cell["start_ns"] + shift
         return CellResult(
             **{name: cell[name] for name in names},
+            stopped_early=cell.get("stopped_early", False),
             start_ns=start_ns,
             end_ns=cell["end_ns"] + shift if cell["end_ns"] else max(last_ns, start_ns),
             requests=kept,

@@ -9,9 +9,9 @@ import jinja2
 
 from experiment.analysis import analyse
 from experiment.report import charts, layers
+from experiment.report.charts import NAMES
 from experiment.results import JSON, Results, damage_named, load, write_tables
 
-NAMES = {"hf": "HF", "vllm": "vLLM"}
 LAYERS = {"device": "device", "process": "process", "host": "host, PSS", "allocator": "torch"}
 REASONS = ("reserved", "padding", "finished", "fragmentation")
 METRICS = {
@@ -53,7 +53,7 @@ def page(results: Results, summary: JSON) -> str:
         environment=results.environment,
         folder=results.folder.name,
         charts=charts.draw(summary) | layers.draw(results.memory, summary),
-        command=_command(results.plan),
+        command=_command(results.folder),
         names=NAMES,
         metrics=METRICS,
         reasons=REASONS,
@@ -75,14 +75,9 @@ def _sources(summary: JSON) -> JSON:
     return {target: figures for target, figures in found if figures}
 
 
-def _command(plan: JSON) -> str:
+def _command(folder: Path) -> str:
     """The command that repeats the run."""
-    parts = ["headroom", "compare"]
-    for name, value in plan.items():
-        if value not in (None, "") and name not in ("targets", "arrival", "levels", "limits"):
-            text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
-            parts.append(f"--{name.replace('_', '-')}={text}")
-    return shlex.join(parts)
+    return shlex.join(["headroom", "compare", str(folder / "plan.json")])
 
 
 def _ms(seconds: float | None) -> str:

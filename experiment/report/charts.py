@@ -9,7 +9,15 @@ from experiment.results import JSON
 
 Chart = alt.LayerChart | alt.FacetChart
 
-NAMES = {"hf": "HF", "vllm": "vLLM"}
+
+class Names(dict[str, str]):
+    """How the page calls a target: by its own name, where it has no better one."""
+
+    def __missing__(self, target: str) -> str:
+        return target
+
+
+NAMES = Names(hf="HF", vllm="vLLM")
 COLORS = {"HF": "#d97706", "vLLM": "#2563eb"}
 # Readable on a light and on a dark page.
 INK, GRID = "#7d8590", "#7d859040"
