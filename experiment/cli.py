@@ -5,12 +5,17 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
 
+from experiment.classic import classic
 from experiment.compare import INTERRUPTED, compare, resume, up, write_report
+from experiment.diff import diff
 from experiment.doctor import doctor
+from experiment.gate import gate
+from experiment.listing import list_runs
 from experiment.parts import ResumeError
 from experiment.plan import Plan
 from experiment.results import ResultError
@@ -21,6 +26,10 @@ USAGE = """usage: headroom COMMAND [options]
   compare      start the servers here, load each in turn, write a report; --resume DIR goes on with a run
   up           start the servers, the monitor and Locust's web UI, until Ctrl-C
   report DIR   write the report of a run again, from its records alone
+  diff DIR DIR compare two runs metric by metric
+  list [DIR]   list the runs in a folder, results if none is given
+  gate         run a plan, or take a run, and judge it by limits and a baseline run: 0 passed, 1 failed, 2 invalid
+  classic      the classic experiment: four inputs on both servers, step by step, and what it showed
   calibrate    find the rate up to which this machine's load generator tells the truth
   doctor       say what this machine has, and what to do about what is missing
 
@@ -37,6 +46,10 @@ def main() -> None:
         "compare": _compare,
         "up": lambda rest: up(_plan(rest), console),
         "report": _report,
+        "diff": lambda rest: _reading(diff, rest),
+        "list": lambda rest: _reading(list_runs, rest),
+        "gate": lambda rest: _reading(partial(gate, plan_of=_plan), rest),
+        "classic": lambda rest: classic(rest, _plan, console),
         "calibrate": lambda rest: subprocess.call([sys.executable, "-m", "loadtest.calibrate", *rest]),
         "doctor": _doctor,
     }
@@ -87,6 +100,13 @@ def _doctor(arguments: Sequence[str]) -> int:
     if arguments:
         return _say(f"doctor: takes no arguments, got {arguments[0]!r}", BAD_INPUT)
     return doctor(_plan([]), console)
+
+
+def _reading(command: Callable[..., int], arguments: Sequence[str]) -> int:
+    try:
+        return command(arguments, console=console)
+    except (ResultError, OSError) as error:
+        return _say(error, BAD_INPUT)
 
 
 def _report(arguments: Sequence[str]) -> int:

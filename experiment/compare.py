@@ -20,18 +20,23 @@ FAILED, INTERRUPTED = 1, 130
 LOCUST_PORT = 8089
 
 
-def compare(plan: Plan, console: Console) -> int:
+def compare(plan: Plan, console: Console, folder: Path | None = None) -> int:
     """Run a comparison and write its report; returns 0, 1 when it failed, or 130 after Ctrl-C.
 
-    Whatever ends it, what was measured is kept and reported as partial.
+    Whatever ends it, what was measured is kept and reported as partial. `folder` is that of the run, if not a new one.
     """
-    folder = Path(plan.out) / f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
+    folder = folder or new_folder(plan)
     try:
         _require_ports(plan)
         parts.begin(folder, plan)
     except (RunError, OSError) as error:
         return _fail(error, FAILED)
     return _compare(plan, folder, console)
+
+
+def new_folder(plan: Plan) -> Path:
+    """Where a run that begins now is kept."""
+    return Path(plan.out) / f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
 
 
 def resume(folder: Path, console: Console) -> int:

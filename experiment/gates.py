@@ -62,6 +62,8 @@ def _same_work(plan: JSON, whole: Sequence[CellResult]) -> JSON:
             unequal = stats.different_work(first.requests, second.requests)
             who = f" of {second.target}" if len(others) > 1 else ""
             different += [f"{_where(plan, level)} repeat {first.repeat} request {index}{who}" for index in unequal]
+    if not others:
+        return _gate("same-work", "all servers did the same work", True, "one server alone")
     found = f"{compared} pairs, equal prompt and output tokens" if not different else "; ".join(different[:LISTED])
     passed = compared > 0 and not different
     return _gate("same-work", "all servers did the same work", passed, found if compared else "no pairs")

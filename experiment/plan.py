@@ -7,10 +7,11 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from experiment.rules import Rules
+
 # What a target's name cannot be: other programs and layers of memory are called so.
 RESERVED = ("monitor", "unattributed")
 Limit = Literal["ttft_seconds", "tpot_seconds", "e2e_seconds"]
-Metric = Literal["output_throughput", "ttft_seconds", "tpot_seconds", "e2e_seconds", "goodput"]
 Arrival = Literal["closed", "poisson", "constant"]
 
 
@@ -79,16 +80,6 @@ class Target(BaseModel):
         return self
 
 
-class Gate(BaseModel):
-    """What `headroom gate` holds a run against, beside the limits for each request."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    allowed_regression: float = Field(0.05, ge=0, le=10, description="how much worse than the baseline: 0.05 is 5 %")
-    metrics: list[Metric] = Field(["output_throughput", "ttft_seconds", "tpot_seconds"], description="what may regress")
-    limits: dict[str, float] = Field({}, description="METRIC.STATISTIC and its bound, such as ttft_seconds.p99: 0.5")
-
-
 class Plan(BaseModel):
     """Load each target in turn with the same requests and write a report."""
 
@@ -129,7 +120,7 @@ class Plan(BaseModel):
     limits: dict[Limit, Annotated[float, Field(gt=0)]] = Field({}, description="that a request must meet, for goodput")
     attainment: float = Field(0.99, gt=0, le=1, description="share of the requests that must meet the limits")
     saturation: bool = Field(False, description="open loop: search each target's highest rate that meets the limits")
-    gate: Gate = Field(Gate(), description="for headroom gate")
+    gate: Rules = Field(Rules(), description="for headroom gate")
     cooldown_seconds: float = Field(0, ge=0, le=3600, description="rest before each cell")
     hf_port: int = Field(8000, ge=1, le=65535, description="port of the first HF server; others get a free one")
     vllm_port: int = Field(8001, ge=1, le=65535, description="port of the first vLLM server; others get a free one")
@@ -171,6 +162,9 @@ class Plan(BaseModel):
             raise ValueError("saturation: true: needs arrival poisson or constant, and limits such as ttft_seconds")
         if self.resident == "one" and not self.max_model_len:
             raise ValueError("max_model_len: None: resident one needs it, as no server knows the others' limit")
+        names = [target.name for target in self.targets]
+        if unknown := [name for name in self.gate.targets if name not in names]:
+            raise ValueError(f"gate.targets: {unknown[0]!r}: expected names of targets: {', '.join(names)}")
         return self
 
     def measured(self, level: float) -> int:
