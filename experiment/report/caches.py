@@ -6,7 +6,7 @@ import altair as alt
 
 from experiment.kv import REASONS
 from experiment.report.layers import PARTS, unit_of
-from experiment.report.look import WIDTH, Chart, Frame, chosen, heading, legend_on_top, svg, table
+from experiment.report.look import WIDTH, Chart, Frame, chosen, heading, legend_on_top, room_for, svg, table
 from experiment.results import JSON
 
 # Share of the KV memory that held token states: Kwon et al., "Efficient Memory Management for Large Language Model
@@ -68,7 +68,12 @@ def _bars(frame: Frame, rows: Sequence[JSON], x: alt.X, title: str) -> Chart:
     color = alt.Color(
         "part:N", title=None, legend=legend, scale=alt.Scale(domain=list(colors), range=list(colors.values()))
     )
-    y = alt.Y("bar:N", sort=order, title=None, axis=alt.Axis(domain=False, ticks=False, labelLimit=170))
+    y = alt.Y(
+        "bar:N",
+        sort=order,
+        title=None,
+        axis=alt.Axis(domain=False, ticks=False, labelLimit=170, minExtent=room_for(order)),
+    )
     bars = table(values).mark_bar(height={"band": 0.8})
     bars = bars.encode(x=x, y=y, color=color, order="place:Q")
     fit = alt.AutoSizeParams(type="fit", contains="padding")

@@ -16,6 +16,7 @@ from experiment.report.look import (
     in_unit,
     log_axis,
     log_ticks,
+    room_for,
     svg,
     table,
 )
@@ -59,8 +60,8 @@ def _figures(frame: Frame, levels: Sequence[JSON]) -> Iterator[tuple[JSON, JSON]
             yield {"level": level["level"], "target": frame.name(target)}, figures
 
 
-def _by_level(frame: Frame, rows: Sequence[JSON]) -> alt.Chart:
-    return table(rows).encode(x=frame.x_level([row["level"] for row in rows]), **frame.by_target())
+def _by_level(frame: Frame, rows: Sequence[JSON], *, titled: bool = True) -> alt.Chart:
+    return table(rows).encode(x=frame.x_level([row["level"] for row in rows], titled=titled), **frame.by_target())
 
 
 def _fit(title: str, *parts: alt.Chart, height: int = HEIGHT) -> Chart:
@@ -94,9 +95,9 @@ def _percentiles(frame: Frame, levels: Sequence[JSON], metric: str) -> tuple[lis
     return [row | {name: found[name] * scale for name in ("p50", "p99")} for row, found in known], unit
 
 
-def _lines(frame: Frame, rows: Sequence[JSON]) -> tuple[alt.Chart, alt.Chart]:
+def _lines(frame: Frame, rows: Sequence[JSON], *, titled: bool = True) -> tuple[alt.Chart, alt.Chart]:
     """The median as a line, the 99th percentile as a dashed one."""
-    base = _by_level(frame, rows)
+    base = _by_level(frame, rows, titled=titled)
     y = log_axis("p50:Q", [row[name] for row in rows for name in ("p50", "p99")])
     median = base.mark_line(point={"filled": True, "size": 45}).encode(y=y)
     tail = base.mark_line(strokeDash=[4, 3], point={"filled": False, "fill": "transparent", "size": 30})
@@ -268,7 +269,7 @@ def _ladder(frame: Frame, steps: Sequence[JSON]) -> Chart | None:
     axis = alt.Axis(tickCount=4, format="~g", labelOverlap="greedy")
     x = alt.X("value:Q", title=frame.words("axis.times"), axis=axis, scale=alt.Scale(type="log", padding=24))
     order = [row["step"] for row in rows]
-    y = alt.Y("step:N", title=None, sort=order, axis=alt.Axis(labelLimit=170, labelFontSize=11, domain=False))
+    y = alt.Y("step:N", title=None, sort=order, axis=alt.Axis(labelLimit=190, domain=False, minExtent=room_for(order)))
     base = table(rows).encode(y=y)
     one = table([{"one": 1}]).mark_rule(color=INK, strokeWidth=1).encode(x="one:Q")
     bars = base.transform_filter("isValid(datum.low)").mark_rule(strokeWidth=4, color=INK, opacity=0.35)

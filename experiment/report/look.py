@@ -23,6 +23,19 @@ INK, GRID, PAPER = "#59636e", "#d8dee4", "#ffffff"
 COLORS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#6e7781")
 SHAPES = ("circle", "square", "triangle-up", "diamond", "cross")
 NAMES = {"hf": "HF", "vllm": "vLLM"}
+CONFIG: JSON = {
+    "background": "transparent",
+    "font": "system-ui, sans-serif",
+    "aria": False,
+    "padding": 4,
+    "view": {"stroke": None},
+    "axis": {
+        **{f"{part}Color": INK for part in ("label", "title", "domain", "tick")},
+        "gridColor": GRID,
+        "titleFontWeight": "normal",
+    },
+    "legend": {"labelColor": INK, "labelFontSize": 12},
+}
 
 
 @dataclass(frozen=True)
@@ -64,14 +77,15 @@ class Frame:
             "shape": alt.Shape(field, title=None, scale=alt.Scale(domain=names, range=shapes), legend=legend),
         }
 
-    def x_level(self, levels: Sequence[float]) -> alt.X:
+    def x_level(self, levels: Sequence[float], *, titled: bool = True) -> alt.X:
         """The axis of levels, with a mark at each: by doublings of requests in flight, or linear from no request."""
+        title = self.words("axis.closed" if self.closed else "axis.open") if titled else None
         shown = sorted(set(levels))
         axis = alt.Axis(values=shown, format="~g", labelOverlap="greedy", grid=False)
         if self.closed:
             scale = alt.Scale(type="log", base=2, padding=12)
-            return alt.X("level:Q", title=self.words("axis.closed"), scale=scale, axis=axis)
-        return alt.X("level:Q", title=self.words("axis.open"), scale=alt.Scale(zero=True, padding=6), axis=axis)
+            return alt.X("level:Q", title=title, scale=scale, axis=axis)
+        return alt.X("level:Q", title=title, scale=alt.Scale(zero=True, padding=6), axis=axis)
 
 
 def table(rows: Sequence[JSON]) -> alt.Chart:
@@ -116,6 +130,11 @@ def in_unit(words: Words, seconds: Sequence[float]) -> tuple[float, str]:
     return (1e3, words("unit.ms")) if max(seconds) < 10 else (1.0, words("unit.s"))
 
 
+def room_for(labels: Sequence[str]) -> float:
+    """Pixels that the longest of some labels takes in a wide font, at the size of an axis."""
+    return max(sum(6.4 if letter.isascii() else 11 for letter in label) for label in labels) + 6
+
+
 def chosen(levels: Sequence[JSON], most: int = 3) -> list[JSON]:
     """So few levels that a chart has room for each: the first, the last, and those evenly between."""
     if len(levels) <= most:
@@ -125,13 +144,8 @@ def chosen(levels: Sequence[JSON], most: int = 3) -> list[JSON]:
 
 def svg(chart: Chart, name: str) -> str:
     """Draw a chart as SVG; `name` keeps its ids apart from those of the other charts of a page."""
-    drawn = chart.configure(background="transparent", font="system-ui, sans-serif", aria=False, padding=4)
-    drawn = drawn.configure_view(stroke=None)
-    drawn = drawn.configure_axis(
-        labelColor=INK, titleColor=INK, gridColor=GRID, domainColor=INK, tickColor=INK, titleFontWeight="normal"
-    )
-    drawn = drawn.configure_legend(labelColor=INK, titleColor=INK, labelFontSize=12)
-    text = str(vl_convert.vegalite_to_svg(drawn.to_dict(validate=False)))
+    spec = chart.to_dict(validate=False)
+    text = str(vl_convert.vegalite_to_svg(spec | {"config": spec.get("config", {}) | CONFIG}))
     text = re.sub(r"(\.\d\d)\d+", r"\1", text)  # a hundredth of a pixel is enough
     return re.sub(r'(id="|url\(#)', rf"\g<1>{name}-", text)
 
