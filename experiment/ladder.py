@@ -56,8 +56,7 @@ def rung(target: JSON) -> str | None:
     words = shlex.split(str(target.get("args") or "").replace("=", " "))
     options = {name: value for name, value in pairwise([*words, ""]) if name.startswith("--")}
     engine = options.get("--engine", "sequential")
-    static = "-static" if engine == "batch" and options.get("--cache") == "static" else ""
-    compiled = "--compile" in options and options["--compile"].lower() not in ("false", "0", "no")
-    if compiled and engine == "batch":
-        static = "-static"  # what is compiled has a static cache
-    return f"{engine}{static}{'-compile' if compiled else ''}"
+    compiled = options.get("--compile", "false").lower() not in ("false", "0", "no")
+    # What is compiled has a static cache, of one row where requests run one at a time.
+    static = options.get("--cache") == "static" or (compiled and engine == "batch")
+    return f"{engine}{'-static' if static else ''}{'-compile' if compiled else ''}"

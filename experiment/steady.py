@@ -1,9 +1,10 @@
 """Whether a cell was steady: figures of its window, and the trend of its throughput and of its TTFT inside it.
 
-The window is cut into parts that are each at least as long as a request takes, so that neighbours are nearly
-independent, and a line is fitted to the means of the parts. A cell has drifted where the line rises or falls by more
-than CHANGE of the mean over the window and the t-test of its slope says that this is not chance. Small trends, which
-a long enough cell always shows, do not count; in a cell that is too short for PARTS parts nothing is said.
+The window is cut into PARTS, each at least as long as a request takes from its first token to its last, so that
+neighbours are nearly independent; nothing is said of a cell that is too short for that, or that has a part in which no
+request was sent. A line is fitted to the means of the parts. A cell has drifted where the line rises or falls by more
+than CHANGE of the mean over the window and the t-test of its slope says that this is not chance. Small trends, which a
+long enough cell always shows, do not count.
 """
 
 from collections.abc import Iterator, Mapping
@@ -13,14 +14,14 @@ import numpy as np
 from scipy.special import stdtr
 
 from experiment import stats
-from experiment.requests import Floats, Requests
+from experiment.requests import UNKNOWN, Floats, Requests
 from experiment.stats import Window
 
-CHANGE = 0.2
-# How often a run without a drift may be said to have one; the cells and both metrics share it.
-FALSE_ALARMS = 0.05
-# The numbers of parts to choose from: the most whose parts are long enough. Each divides the first.
-PARTS = (40, 20, 10, 8)
+PARTS = 10
+CHANGE = 0.3
+# How likely by chance a trend may be, shared by all that are tested. Parts of a queue are not quite independent: played
+# servers that are steady, closed loops and queues at up to 90 % of their capacity, were found to drift in at most 5 %.
+CHANCE = 0.01
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ def measure(requests: Requests) -> Steady:
     window = stats.steady_window(requests)
     if window is None or window[1] <= window[0]:
         return Steady(window, None, {})
-    tokens = stats.tokens_over_time(requests, window, PARTS[0])
+    tokens = stats.tokens_over_time(requests, window, PARTS)
     throughput = float(tokens.sum() / ((window[1] - window[0]) / 1e9))
     return Steady(window, throughput, dict(_trends(requests, window, tokens)))
 
@@ -58,7 +59,7 @@ def drifts(cells: Mapping[int, Steady]) -> dict[int, str]:
         against = [
             f"{metric} {'rose' if trend.change > 0 else 'fell'} by {abs(trend.change):.0%}"
             for metric, trend in cell.trends.items()
-            if abs(trend.change) > CHANGE and trend.chance * tests < FALSE_ALARMS
+            if abs(trend.change) > CHANGE and trend.chance * tests < CHANCE
         ]
         if against:
             found[index] = ", ".join(against)
@@ -79,24 +80,21 @@ def trend(values: Floats) -> Trend:
 
 
 def _trends(requests: Requests, window: Window, tokens: Floats) -> Iterator[tuple[str, Trend]]:
-    length = (window[1] - window[0]) / 1e9
-    took = stats.e2e(requests)[requests.measured]
-    took = took[~np.isnan(took)]
-    longest = length / took.mean() if len(took) else 0.0
-    parts = next((parts for parts in PARTS if parts <= longest), None)
-    if parts is None:
+    known = requests.measured & requests.answered & (requests.first_ns != UNKNOWN)
+    took = (requests.last_ns - requests.first_ns)[known]
+    if not len(took) or took.mean() * PARTS > window[1] - window[0]:
         return
-    yield "output_throughput", trend(tokens.reshape(parts, -1).sum(axis=1))
-    waits = _means(requests, window, parts)
+    waits = _means(requests, window)
     if not np.isnan(waits).any():
+        yield "output_throughput", trend(tokens)
         yield "ttft_seconds", trend(waits)
 
 
-def _means(requests: Requests, window: Window, parts: int) -> Floats:
+def _means(requests: Requests, window: Window) -> Floats:
     """Mean TTFT of the measured requests sent in each part of the window; NaN where none was."""
     values, (start, end) = stats.ttft(requests), window
     sent = requests.sent_ns
     chosen = requests.measured & ~np.isnan(values) & (sent >= start) & (sent < end)
-    part = (sent[chosen] - start) * parts // (end - start)
-    counts, sums = np.bincount(part, minlength=parts), np.bincount(part, values[chosen], parts)
+    part = (sent[chosen] - start) * PARTS // (end - start)
+    counts, sums = np.bincount(part, minlength=PARTS), np.bincount(part, values[chosen], PARTS)
     return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
