@@ -92,6 +92,7 @@ def page(results: Results, summary: JSON, drawn: Drawn) -> str:
         folder=results.folder.name,
         known=known,
         latencies={name: metric for name, metric in charts.LATENCIES.items() if metric in known},
+        drawn_latencies=charts.shown(frames["en"]),
         sections=_sections(summary),
         sketch=sketch(),
         reasons=REASONS,

@@ -12,12 +12,14 @@ from experiment.results import JSON
 # Share of the KV memory that held token states: Kwon et al., "Efficient Memory Management for Large Language Model
 # Serving with PagedAttention", SOSP'23, Fig. 2.
 PAPER = {"Orca (Max)": 0.204, "Orca (Pow2)": 0.268, "Orca (Oracle)": 0.382, "vLLM": 0.963}
-BAR = 20
+# The height of a bar, and how many there are at most where there are several levels.
+BAR, BARS = 20, 8
 
 
 def draw(frame: Frame, summary: JSON) -> dict[str, str]:
     """Draw the allocated bytes, `kv`, and the shares of them, `waste`, if a KV cache was sampled."""
-    rows = list(_rows(frame, chosen(summary["levels"])))
+    most = max(1, BARS // max(1, len(frame.targets)))
+    rows = list(_rows(frame, chosen(summary["levels"], min(3, most))))
     in_bytes = [row for row in rows if row["unit"] == "bytes"]
     shares = [row for row in rows if row["part"] != "in use"]
     found: dict[str, Chart | None] = {
@@ -34,7 +36,7 @@ def _rows(frame: Frame, levels: Sequence[JSON]) -> Iterator[JSON]:
             cache = figures["memory"].get("kv")
             if not cache or not cache["allocated"]["mean"]:
                 continue
-            bar = {"bar": f"{frame.name(target)}, {frame.level(level['level'])}", "unit": cache["unit"]}
+            bar = {"bar": f"{frame.name(target)}, {level['level']:g}", "unit": cache["unit"]}
             allocated = cache["allocated"]["mean"]
             for part, value in _parts(cache):
                 yield bar | {"part": part, "value": value, "share": value / allocated}

@@ -1,7 +1,6 @@
 """The charts of speed: throughput, latencies and their distributions, goodput, saturation and the ladder."""
 
 from collections.abc import Iterator, Sequence
-from itertools import cycle
 
 import altair as alt
 
@@ -42,8 +41,8 @@ def draw(frame: Frame, summary: JSON, quantiles: Sequence[JSON], attainment: flo
     found: dict[str, Chart | None] = {
         "throughput": _throughput(frame, levels),
         "latency": _latency_pair(frame, levels),
-        **{name: _latency(frame, levels, name) for name in LATENCIES},
-        **{f"cdf-{name}": _cdf(frame, levels, quantiles, name) for name in LATENCIES},
+        **{name: _latency(frame, levels, name) for name in shown(frame)},
+        **{f"cdf-{name}": _cdf(frame, levels, quantiles, name) for name in shown(frame)},
         "tradeoff": _tradeoff(frame, summary),
         "normalized": None if frame.closed else _normalized(frame, levels),
         "goodput": _goodput(frame, levels),
@@ -51,6 +50,11 @@ def draw(frame: Frame, summary: JSON, quantiles: Sequence[JSON], attainment: flo
         "ladder": _ladder(frame, summary.get("ladder") or []),
     }
     return {name: svg(chart, f"{frame.words.language}-{name}") for name, chart in found.items() if chart is not None}
+
+
+def shown(frame: Frame) -> tuple[str, str, str]:
+    """The latencies that have charts: for a whole answer, the one from when it was due where there is a schedule."""
+    return "ttft", "tpot", "e2e" if frame.closed else "response"
 
 
 def _figures(frame: Frame, levels: Sequence[JSON]) -> Iterator[tuple[JSON, JSON]]:
@@ -167,34 +171,30 @@ def _tradeoff(frame: Frame, summary: JSON) -> Chart | None:
     rows = [
         row | {"x": figures["output_throughput_mean"], "y": figures[metric]["p50"] * scale} for row, figures in known
     ]
-    axis, most = alt.Axis(tickCount=5, format=",~f"), max(row["x"] for row in rows)
+    ends = _saturation_ends(frame, summary)
+    axis, most = alt.Axis(tickCount=5, format=",~f"), max(row["x"] for row in [*rows, *ends])
     x = alt.X("x:Q", title=frame.words("axis.throughput"), axis=axis, scale=alt.Scale(domain=[0, 1.1 * most]))
     base = table(rows).encode(x=x, y=log_axis("y:Q", [row["y"] for row in rows]), **frame.by_target())
     line = base.mark_line().encode(order="level:Q")
     points = base.mark_point(filled=True, size=50, opacity=1)
-    labels = [
-        table([row for row in rows if row["target"] == frame.name(target)])
-        .mark_text(dx=7 * side, dy=-7, align="left" if side > 0 else "right", fontSize=10, color=frame.color(target))
-        .encode(x=x, y="y:Q", text="level:N")
-        for target, side in zip(frame.targets, cycle((-1, 1)), strict=False)
-    ]
-    marks = _saturation_marks(frame, summary)
+    named = [level["level"] for level in chosen(summary["levels"], 4)]
+    labels = table([row for row in rows if row["level"] in named]).mark_text(dx=6, dy=-6, align="left", fontSize=10)
+    labels = labels.encode(x=x, y="y:Q", text="level:N", color=frame.by_target()["color"])
+    marks = table(ends).mark_rule(strokeDash=[2, 3], strokeWidth=1.5)
+    marks = marks.encode(x="x:Q", color=frame.by_target()["color"])
     what = frame.words("e2e" if frame.closed else "response")
     title = frame.words("axis.median_log", what=what, unit=unit)
-    return _fit(title, line, points, *labels, *marks, height=HEIGHT + 30)
+    return _fit(title, line, points, labels, *([marks] if ends else []), height=HEIGHT + 30)
 
 
-def _saturation_marks(frame: Frame, summary: JSON) -> Iterator[alt.Chart]:
-    """A line at the throughput of the cell with the highest rate that met the limits."""
+def _saturation_ends(frame: Frame, summary: JSON) -> list[JSON]:
+    """The throughput of each target in the cell with the highest rate that met the limits."""
     rates = {target: found["rate"] for target, found in (summary.get("saturation") or {}).items()}
-    rows = [
-        {"at": cell["output_throughput"], "target": frame.name(cell["target"])}
+    return [
+        {"x": cell["output_throughput"], "target": frame.name(cell["target"])}
         for cell in summary["cells"]
-        if cell["output_throughput"] is not None and rates.get(cell["target"]) == cell["level"]
+        if cell["search"] and cell["output_throughput"] and rates.get(cell["target"]) == cell["level"]
     ]
-    if rows:
-        rule = table(rows).mark_rule(strokeDash=[2, 3], strokeWidth=1.5)
-        yield rule.encode(x="at:Q", color=frame.by_target()["color"])
 
 
 def _normalized(frame: Frame, levels: Sequence[JSON]) -> Chart | None:
@@ -235,7 +235,9 @@ def _saturation(frame: Frame, saturation: JSON, attainment: float | None) -> Cha
     ]
     if not rows:
         return None
-    axis = alt.Axis(tickCount=5, format=",~f", labelOverlap="greedy", grid=False)
+    rates = [row["rate"] for row in rows]
+    ticks = log_ticks(min(rates) / 1.01, max(rates) * 1.01)
+    axis = alt.Axis(values=ticks, format=",~f", labelOverlap="greedy", grid=False)
     x = alt.X("rate:Q", title=frame.words("axis.open_log"), axis=axis, scale=alt.Scale(type="log", padding=12))
     y = alt.Y("value:Q", title=None, axis=alt.Axis(format="%", tickCount=4), scale=alt.Scale(domain=[0, 1]))
     base = table(rows).encode(x=x, y=y, **frame.by_target())
@@ -266,8 +268,11 @@ def _ladder(frame: Frame, steps: Sequence[JSON]) -> Chart | None:
     ]
     if not rows:
         return None
-    axis = alt.Axis(tickCount=4, format="~g", labelOverlap="greedy")
-    x = alt.X("value:Q", title=frame.words("axis.times"), axis=axis, scale=alt.Scale(type="log", padding=24))
+    values = [row[name] for row in rows for name in ("value", "low", "high") if row[name]]
+    ends = min([1.0, *values]) / 1.3, max([1.0, *values]) * 1.3
+    axis = alt.Axis(values=log_ticks(*ends), format="~g", labelOverlap="greedy")
+    scale = alt.Scale(type="log", domain=list(ends), nice=False)
+    x = alt.X("value:Q", title=frame.words("axis.times"), axis=axis, scale=scale)
     order = [row["step"] for row in rows]
     y = alt.Y("step:N", title=None, sort=order, axis=alt.Axis(labelLimit=190, domain=False, minExtent=room_for(order)))
     base = table(rows).encode(y=y)

@@ -11,7 +11,7 @@ import numpy as np
 from experiment.kv import REASONS
 from experiment.live import Cache, Moments
 from experiment.memory import GAP_NS, MAX_POINTS, Layer, Memory, Window, inside, runs, thin
-from experiment.report.look import COLORS, INK, Frame, heading, legend_on_top, svg, table
+from experiment.report.look import COLORS, INK, Frame, columns, heading, legend_on_top, room_for, svg, table
 from experiment.report.words import Words
 from experiment.requests import Flags, Floats
 from experiment.results import JSON
@@ -31,6 +31,7 @@ PARTS = {
 UNITS = [(2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "bytes")]
 HEIGHT = 110
 # A page shows the first on a phone, the other elsewhere.
+POINTS = 2400
 WIDTHS = {"memory-narrow": 290, "memory": 1080}
 
 
@@ -40,7 +41,13 @@ def draw(frame: Frame, memory: Memory, summary: JSON) -> dict[str, str]:
     if not cells:
         return {}
     window = min(cell["start_ns"] for cell in cells), max(cell["end_ns"] for cell in cells)
-    return {name: text for name in WIDTHS if (text := _draw(Drawing(frame, window, name), memory, cells))}
+    series = [one for one in memory.series if inside(one.time_ns, [window]).any()]
+    caches = {target: cache for target, cache in memory.caches.items() if inside(cache.time_ns, [window]).any()}
+    panels = len({one.layer for one in series}) + len(caches)
+    if not panels:
+        return {}
+    sampled = Memory(series, dict(sorted(caches.items(), key=lambda item: frame.slot(item[0]))))
+    return {name: _draw(Drawing(frame, window, name, panels), sampled, cells) for name in WIDTHS}
 
 
 @dataclass(frozen=True)
@@ -50,6 +57,7 @@ class Drawing:
     frame: Frame
     window: Window
     name: str
+    panels: int
 
     @property
     def width(self) -> int:
@@ -58,22 +66,19 @@ class Drawing:
 
     @property
     def points(self) -> int:
-        """How many points are drawn of each series: no more than can be told apart."""
-        return min(MAX_POINTS, self.width)
+        """How many points are drawn of each series: no more than can be told apart, and fewer in many panels."""
+        return min(MAX_POINTS, self.width // 2, max(100, POINTS // self.panels))
 
 
-def _draw(drawing: Drawing, memory: Memory, cells: Sequence[JSON]) -> str | None:
-    frame, window, words = drawing.frame, drawing.window, drawing.frame.words
+def _draw(drawing: Drawing, memory: Memory, cells: Sequence[JSON]) -> str:
+    words = drawing.frame.words
     panels = [
-        _lines(frame, words(f"layer.{layer}"), rows)
+        _lines(drawing, words(f"layer.{layer}"), rows)
         for layer in get_args(Layer)
         if (rows := list(_points(drawing, memory, layer)))
     ]
     for target, cache in memory.caches.items():
-        if (sampled := inside(cache.time_ns, [window])).any():
-            panels.append(_areas(drawing, target, cache, sampled))
-    if not panels:
-        return None
+        panels.append(_areas(drawing, target, cache, inside(cache.time_ns, [drawing.window])))
     layered = []
     for number, (title, parts) in enumerate(panels, 1):
         bands = _bands(drawing, cells, words("axis.time") if number == len(panels) else None)
@@ -148,18 +153,29 @@ def _points(drawing: Drawing, memory: Memory, layer: Layer) -> Iterator[JSON]:
         label = f"{label}, GPU {one.gpu}" if several else label
         color = LINES[one.name] if layer in ("device", "allocator") and not owners else frame.color(one.owner)
         for second, run, value in zip(steps.seconds, steps.run, values[steps.at].tolist(), strict=True):
-            yield {"name": label, "color": color, "run": run, "seconds": second, "value": value}
+            yield {
+                "name": label,
+                "color": color,
+                "dashed": layer == "allocator" and one.name == "reserved",
+                "run": run,
+                "seconds": second,
+                "value": value,
+            }
 
 
-def _lines(frame: Frame, title: str, rows: Sequence[JSON]) -> tuple[str, list[alt.Chart]]:
+def _lines(drawing: Drawing, title: str, rows: Sequence[JSON]) -> tuple[str, list[alt.Chart]]:
     scale, unit = unit_of(max(row["value"] for row in rows))
     colors = {row["name"]: row["color"] for row in rows}
     points = [
-        {name: row[name] for name in ("name", "run", "seconds")} | {"value": row["value"] / scale} for row in rows
+        {name: row[name] for name in ("name", "dashed", "run", "seconds")} | {"value": row["value"] / scale}
+        for row in rows
     ]
     lines = table(points).mark_line(strokeWidth=1.5, interpolate="step-after")
-    y = alt.Y("value:Q", title=frame.words.named("unit", unit), axis=alt.Axis(tickCount=4))
-    return title, [lines.encode(x="seconds:Q", y=y, detail="run:N", color=_color(colors, "stroke"))]
+    y = alt.Y("value:Q", title=drawing.frame.words.named("unit", unit), axis=alt.Axis(tickCount=4))
+    dash = alt.condition("datum.dashed", alt.value([4, 3]), alt.value([1, 0]))
+    return title, [
+        lines.encode(x="seconds:Q", y=y, detail="run:N", color=_color(drawing, colors, "stroke"), strokeDash=dash)
+    ]
 
 
 def _areas(drawing: Drawing, target: str, cache: Cache, sampled: Flags) -> tuple[str, list[alt.Chart]]:
@@ -185,8 +201,8 @@ def _areas(drawing: Drawing, target: str, cache: Cache, sampled: Flags) -> tuple
     room = amount(words, cache.counts["capacity"][sampled].max() * size, "bytes" if cache.token_bytes else cache.unit)
     key = "layer.kv" if drawing.name == "memory" else "layer.kv_short"
     title = words(key, target=drawing.frame.name(target), room=room)
-    areas = area.encode(x="seconds:Q", y=y, y2="to:Q", detail="run:N", color=_color(used, "square"))
-    return title, [areas, *_gaps(words("no_samples"), steps)]
+    areas = area.encode(x="seconds:Q", y=y, y2="to:Q", detail="run:N", color=_color(drawing, used, "square"))
+    return title, [areas, *_gaps(drawing, steps)]
 
 
 def amount(words: Words, value: float, unit: str) -> str:
@@ -197,15 +213,22 @@ def amount(words: Words, value: float, unit: str) -> str:
     return f"{value / scale:,.1f} {name}"
 
 
-def _gaps(text: str, steps: Steps) -> Iterator[alt.Chart]:
+def _gaps(drawing: Drawing, steps: Steps) -> Iterator[alt.Chart]:
     """Mark where nothing was sampled, which an area of nothing would look like."""
     neighbours = zip(pairwise(steps.seconds), pairwise(steps.run), strict=True)
     rows = [{"gap": since, "until": until} for (since, until), (one, next_) in neighbours if one != next_]
-    if rows:
-        gaps = table([row | {"text": text} for row in rows])
-        yield gaps.mark_rule(color=INK, strokeDash=[2, 3], y=HEIGHT / 2).encode(x="gap:Q", x2="until:Q")
-        middle = gaps.transform_calculate(middle="(datum.gap + datum.until) / 2")
-        yield middle.mark_text(y=HEIGHT / 2 - 8, fontSize=10, color=INK).encode(x="middle:Q", text="text:N")
+    if not rows:
+        return
+    yield table(rows).mark_rule(color=INK, strokeDash=[2, 3], y=HEIGHT / 2).encode(x="gap:Q", x2="until:Q")
+    # Where there is room for it, in words.
+    text = drawing.frame.words("no_samples")
+    second = drawing.width / ((drawing.window[1] - drawing.window[0]) / 1e9)
+    middles = [
+        (row["gap"] + row["until"]) / 2 for row in rows if (row["until"] - row["gap"]) * second > room_for([text])
+    ]
+    if middles:
+        words = table([{"middle": middle, "text": text} for middle in middles])
+        yield words.mark_text(y=HEIGHT / 2 - 8, fontSize=10, color=INK).encode(x="middle:Q", text="text:N")
 
 
 def _parts(cache: Cache) -> dict[str, Floats]:
@@ -217,9 +240,9 @@ def _parts(cache: Cache) -> dict[str, Floats]:
     return {"live": cache.counts["live_low"], "live or unused": unknown} | sure
 
 
-def _color(colors: Mapping[str, str], symbol: str) -> alt.Color:
+def _color(drawing: Drawing, colors: Mapping[str, str], symbol: str) -> alt.Color:
     scale = alt.Scale(domain=list(colors), range=list(colors.values()))
-    legend = legend_on_top(offset=18, symbolType=symbol, columns=3)
+    legend = legend_on_top(offset=18, symbolType=symbol, columns=columns(colors, drawing.width))
     return alt.Color("name:N", title=None, scale=scale, legend=legend)
 
 

@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,7 +71,7 @@ class Frame:
         names = [self.name(target) for target in self.targets]
         shapes = [SHAPES[self.slot(target) % len(SHAPES)] for target in self.targets]
         colors = [self.color(target) for target in self.targets]
-        legend = legend_on_top(columns=3)
+        legend = legend_on_top(columns=min(3, columns(names, WIDTH - 30)))
         return {
             "color": alt.Color(field, title=None, scale=alt.Scale(domain=names, range=colors), legend=legend),
             "shape": alt.Shape(field, title=None, scale=alt.Scale(domain=names, range=shapes), legend=legend),
@@ -114,15 +114,20 @@ def log_axis(field: str, values: Sequence[float]) -> alt.Y:
     return alt.Y(field, title=None, axis=axis, scale=alt.Scale(type="log", domain=[low, high], nice=False))
 
 
+def columns(labels: Iterable[str], width: float) -> int:
+    """How many columns of a legend fit into a width."""
+    return max(1, int(width // (room_for(list(labels)) + 34)))
+
+
 def log_ticks(low: float, high: float, most: int = 6) -> list[float]:
-    """Round numbers between two ends: 1, 2, 5, 10 and so on, or fewer where there would be more than `most`."""
+    """Round numbers between two ends: the most that are not more than `most`, of 1 to 9, of 1, 2, 5 or of 1 alone."""
     found: list[float] = []
-    for steps in ((1, 2, 5), (1, 3), (1,)):
+    for steps in (range(1, 10), (1, 2, 3, 5, 7), (1, 2, 5), (1, 3), (1,)):
         decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
         found = [step * 10.0**decade for decade in decades for step in steps if low <= step * 10.0**decade <= high]
         if len(found) <= most:
             break
-    return found if len(found) > 1 else [low, high]
+    return found if len(found) > 1 else [float(f"{end:.2g}") for end in (low * 1.02, high * 0.98)]
 
 
 def in_unit(words: Words, seconds: Sequence[float]) -> tuple[float, str]:
@@ -136,9 +141,9 @@ def room_for(labels: Sequence[str]) -> float:
 
 
 def chosen(levels: Sequence[JSON], most: int = 3) -> list[JSON]:
-    """So few levels that a chart has room for each: the first, the last, and those evenly between."""
-    if len(levels) <= most:
-        return list(levels)
+    """So few levels that a chart has room for each: the last, the first, and those evenly between."""
+    if len(levels) <= most or most < 2:
+        return list(levels[-most:])
     return [levels[round(place * (len(levels) - 1) / (most - 1))] for place in range(most)]
 
 
@@ -146,7 +151,8 @@ def svg(chart: Chart, name: str) -> str:
     """Draw a chart as SVG; `name` keeps its ids apart from those of the other charts of a page."""
     spec = chart.to_dict(validate=False)
     text = str(vl_convert.vegalite_to_svg(spec | {"config": spec.get("config", {}) | CONFIG}))
-    text = re.sub(r"(\.\d\d)\d+", r"\1", text)  # a hundredth of a pixel is enough
+    # A tenth of a pixel is enough.
+    text = re.sub(r' (?:d|transform|x|y|x2|y2)="[^"]*"', lambda place: re.sub(r"(\.\d)\d+", r"\1", place[0]), text)
     return re.sub(r'(id="|url\(#)', rf"\g<1>{name}-", text)
 
 

@@ -1,6 +1,6 @@
 """The verdict of a report in one sentence, in the language of the reader, from the figures of the summary alone."""
 
-from collections.abc import Iterator
+from collections.abc import Mapping
 
 from experiment.report.look import Frame
 from experiment.results import JSON
@@ -32,28 +32,31 @@ def _comparison(frame: Frame, summary: JSON) -> str | None:
     metrics = ("output_throughput",) if frame.closed else ("response_seconds", "e2e_seconds", "output_throughput")
     for level in reversed(summary["levels"]):
         for metric in metrics:
-            clauses = list(_clauses(frame, summary, level, metric))
-            if clauses:
-                joined = frame.words("join.clauses").join(clauses)
-                return frame.words("verdict.level", level=frame.level(level["level"]), clauses=joined)
+            ratios = {target: found[metric] for target, found in level["ratios"].items() if found.get(metric)}
+            if ratios:
+                clauses = _clauses(frame, summary["baseline"], ratios, metric)
+                return frame.words("verdict.level", level=frame.level(level["level"]), clauses=clauses)
     return None
 
 
-def _clauses(frame: Frame, summary: JSON, level: JSON, metric: str) -> Iterator[str]:
-    words, baseline = frame.words, summary["baseline"]
-    kind = "speed" if metric == "output_throughput" else "time"
-    for target, ratios in level["ratios"].items():
-        ratio = ratios.get(metric)
-        if not ratio:
-            continue
-        values = {"target": frame.name(target), "baseline": frame.name(baseline), "value": ratio["value"]}
-        interval = ""
-        if ratio["low"] is not None:
-            interval = words("verdict.interval", low=ratio["low"], high=ratio["high"])
-        values |= {"interval": interval, "first": ratio.get("first"), "second": ratio.get("second")}
-        clause = words(f"verdict.{kind}", **values)
-        if not interval:
-            clause += words("verdict.one_repeat")
-        elif ratio["verdict"] == "no detectable difference":
-            clause += words("verdict.no_difference")
-        yield clause
+def _clauses(frame: Frame, baseline: str, ratios: Mapping[str, JSON], metric: str) -> str:
+    """The target that gains most with its interval, and after it the gains of the others."""
+    words = frame.words
+    first, *others = sorted(ratios, key=lambda target: ratios[target]["value"], reverse=True)
+    told = [_clause(frame, baseline, first, ratios[first], "speed" if metric == "output_throughput" else "time")]
+    if others:
+        short = [words("verdict.short", target=frame.name(one), value=ratios[one]["value"]) for one in others]
+        told.append(words("join.list").join(short))
+    return words("join.clauses").join(told)
+
+
+def _clause(frame: Frame, baseline: str, target: str, ratio: JSON, kind: str) -> str:
+    words, interval = frame.words, ""
+    if ratio["low"] is not None:
+        interval = words("verdict.interval", low=ratio["low"], high=ratio["high"])
+    values = {name: ratio.get(name) for name in ("value", "first", "second")}
+    names = {"target": frame.name(target), "baseline": frame.name(baseline)}
+    clause = words(f"verdict.{kind}", **names, **values, interval=interval)
+    if not interval:
+        return clause + words("verdict.one_repeat")
+    return clause + (words("verdict.no_difference") if ratio["verdict"] == "no detectable difference" else "")
