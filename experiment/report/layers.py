@@ -124,7 +124,8 @@ class Steps:
 
 def _steps(time_ns: Moments, columns: Sequence[Floats], window: Window, points: int = MAX_POINTS) -> Steps:
     """Choose so few samples that they can be drawn; the extremes of each column are among them."""
-    run = runs(time_ns)
+    # A shorter gap could not be seen, and each run costs a group of marks.
+    run = runs(time_ns, max(GAP_NS, (window[1] - window[0]) * 4 // points))
     last = np.flatnonzero(np.diff(run, append=run[-1] + 1))
     first = np.append(0, last[:-1] + 1)
     extremes = [thin(values, max(2, points // len(columns))) for values in columns]

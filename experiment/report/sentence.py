@@ -35,7 +35,8 @@ def _comparison(frame: Frame, summary: JSON) -> str | None:
             ratios = {target: found[metric] for target, found in level["ratios"].items() if found.get(metric)}
             if ratios:
                 clauses = _clauses(frame, summary["baseline"], ratios, metric)
-                return frame.words("verdict.level", level=frame.level(level["level"]), clauses=clauses)
+                where = frame.words("verdict.closed" if frame.closed else "verdict.open", level=level["level"])
+                return frame.words("verdict.level", where=where, clauses=clauses)
     return None
 
 
