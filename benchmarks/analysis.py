@@ -97,7 +97,7 @@ def make(folder: Path, requests: int, chunks: int, levels: Sequence[int], repeat
         cells.append((cell, now))
     write_timeline(folder, 1000 * SECOND, now)
     write_kv(folder, cells, chunks)
-    plan = Plan(concurrency=list(levels), repeats=repeats).model_dump()
+    plan = Plan(repeats=repeats).model_dump(mode="json")
     kept: JSON = {"targets": [{"name": name, "kind": name, "args": ""} for name in TARGETS], "arrival": "closed"}
     kept |= {"levels": list(levels), "limits": {"ttft_seconds": 0.2, "tpot_seconds": 0.01}, "attainment": 0.99}
     for name, value in (

@@ -41,10 +41,10 @@ def analyse(results: Results) -> JSON:
     """Compute everything that a report shows; the keys are those of summary.json."""
     complete = [cell for cell in results.cells if cell.complete]
     measured = {cell.index: steady.measure(cell.requests) for cell in complete}
-    drifts = steady.drifts({cell.index: measured[cell.index] for cell in complete if not cell.search})
-    figures = Figures(results, measured, drifts)
+    of_levels = {cell.index: measured[cell.index] for cell in complete if not cell.search}
+    figures = Figures(results, measured, steady.drifts(of_levels))
     plan, names = results.plan, targets(results.plan)
-    judged = list(gates.judge(results, drifts))
+    judged = list(gates.judge(results, of_levels))
     valid = all(gate["passed"] for gate in judged)
     levels = [_level(figures, level, valid) for level in sorted(plan["levels"])]
     levels = [level for level in levels if level["targets"]]

@@ -4,14 +4,14 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from experiment.environment import boot_id
 from experiment.idle import settle
-from experiment.plan import Cell, Plan, Target
+from experiment.plan import Cell, Limit, Plan, Target
 from experiment.stack import Program, RunError, Stack, end, spawn
 from loadtest import records
 from loadtest.records import Record
@@ -76,7 +76,7 @@ def flags(options: Mapping[str, object]) -> list[str]:
 def _command(bench: Bench, cell: Cell, target: Target, folder: Path) -> list[str]:
     plan = bench.plan
     options = dict(bench.options) | {
-        f"{user_of(target)}-url": bench.stack.programs[target.name].url,
+        f"{user_of(target)}-url": bench.stack[target.name].url,
         "model": target.model if target.url else plan.model,
         "requests": plan.measured(cell.level),
         "warmup": plan.warmup(cell.level),
@@ -99,7 +99,6 @@ def _watch(bench: Bench, cell: Cell, loadtest: Program, written: Path, report: C
 
     Raises RunError when the load generator, a server or the time for the cell comes to an end.
     """
-    assert loadtest.process is not None  # noqa: S101 - for the type checker
     plan, stack = bench.plan, bench.stack
     deadline = time.monotonic() + plan.cell_seconds
     judged = time.monotonic()
@@ -110,9 +109,7 @@ def _watch(bench: Bench, cell: Cell, loadtest: Program, written: Path, report: C
         except subprocess.TimeoutExpired:
             stack.check()
             if time.monotonic() > deadline:
-                raise RunError(
-                    f"--cell-seconds: cell {cell.name} was not done after {plan.cell_seconds:g} s"
-                ) from None
+                raise RunError(f"--cell-seconds: cell {cell.name} was not done after {plan.cell_seconds:g} s") from None
         report(_written(written))
         if code is None and cell.search and time.monotonic() - judged > JUDGE_SECONDS:
             judged = time.monotonic()
@@ -128,16 +125,15 @@ def _watch(bench: Bench, cell: Cell, loadtest: Program, written: Path, report: C
     return False
 
 
-def meets(record: Record, limits: Mapping[str, float]) -> bool:
+def meets(record: Record, limits: Mapping[Limit, float]) -> bool:
     """Whether a request met every limit; one that failed does not, and one of a single token has no TPOT to miss."""
-    values = {name: getattr(record, name) for name in limits}
-    return not record.error and all(value is None or value <= limits[name] for name, value in values.items())
+    values = [(getattr(record, name), limit) for name, limit in limits.items()]
+    return not record.error and all(value is None or value <= limit for value, limit in values)
 
 
-def is_lost(plan: Plan, cell: Cell, ended: Any) -> bool:
+def is_lost(plan: Plan, cell: Cell, ended: Iterable[Record]) -> bool:
     """Whether so many measured requests missed a limit that a cell cannot reach the attainment any more."""
-    limits: Mapping[str, float] = dict(plan.limits)
-    missed = sum(record.phase == "measured" and not meets(record, limits) for record in ended)
+    missed = sum(record.phase == "measured" and not meets(record, plan.limits) for record in ended)
     planned = plan.measured(cell.level)
     return planned - missed < plan.attainment * planned
 

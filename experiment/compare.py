@@ -128,7 +128,7 @@ def _fail(why: object, code: int, folder: Path | None = None) -> int:
 
 def _serve_web_ui(plan: Plan, stack: Stack, logs: Path, console: Console) -> int:
     # The load test knows one server of each kind: the first.
-    urls = {f"{user_of(target)}-url": stack.programs[target.name].url for target in reversed(plan.targets)}
+    urls = {f"{user_of(target)}-url": stack[target.name].url for target in reversed(plan.targets)}
     model = plan.model if not any(target.url for target in plan.targets) else ""
     options = workload_options(plan, stack) | urls | {"model": model, "seed": plan.seed, "web-port": LOCUST_PORT}
     locust = spawn([sys.executable, "-m", "locust", "-f", str(LOCUSTFILE), *flags(options)], logs / "locust.log", {})

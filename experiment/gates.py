@@ -4,18 +4,19 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from experiment import stats
+from experiment import stats, steady
 from experiment.results import JSON, CellResult, Results, pairs, targets
+from experiment.steady import Steady
 
 # More than these are not listed one by one.
 LISTED = 20
 
 
-def judge(results: Results, drifts: Mapping[int, str]) -> Iterator[JSON]:
+def judge(results: Results, measured: Mapping[int, Steady]) -> Iterator[JSON]:
     """Hold a run against each rule: its `id`, its name as `rule`, whether it `passed`, and what was `found`.
 
-    `drifts` says what was not steady in which cell. The cells of a search for the saturation are there to be
-    overloaded: of them only the load generator is judged.
+    `measured` is what happened inside the window of each cell, by its index. The cells of a search for the saturation
+    are there to be overloaded, and are stopped when they are: of them only the load generator's speed is judged.
     """
     cells = [cell for cell in results.cells if not cell.search]
     planned = [
@@ -37,9 +38,10 @@ def judge(results: Results, drifts: Mapping[int, str]) -> Iterator[JSON]:
     kinds = ", ".join(f"{count} {kind}" for kind, count in failed.items()) or "none failed"
     yield _gate("answered", "every request was answered", not failed, kinds)
     yield _same_work(results.plan, list(whole.values()))
-    yield _nothing_drifted(results.plan, cells, drifts)
-    yield _client_came_to_its_end(results.cells)
-    yield _client_was_fast_enough(results.cells)
+    yield _nothing_drifted(results.plan, measured)
+    yield _client_came_to_its_end(cells)
+    # The load generator stands still while it is stopped.
+    yield _client_was_fast_enough([cell for cell in results.cells if not cell.stopped_early])
 
 
 def _where(plan: JSON, level: float) -> str:
@@ -65,11 +67,12 @@ def _same_work(plan: JSON, whole: Sequence[CellResult]) -> JSON:
     return _gate("same-work", "all servers did the same work", passed, found if compared else "no pairs")
 
 
-def _nothing_drifted(plan: JSON, cells: Sequence[CellResult], drifts: Mapping[int, str]) -> JSON:
+def _nothing_drifted(plan: JSON, measured: Mapping[int, Steady]) -> JSON:
     """In an open loop a queue that grows is a finding, which takes the verdicts on latency of its level alone."""
-    told = [f"cell {cell.index}: {drifts[cell.index]}" for cell in cells if cell.index in drifts]
+    told = [f"cell {index}: {drift}" for index, drift in steady.drifts(measured).items()]
     closed = plan["arrival"] == "closed"
-    found = "; ".join(told[:LISTED]) or "no trend inside a steady window"
+    judged = sum(bool(cell.trends) for cell in measured.values())
+    found = "; ".join(told[:LISTED]) or f"no trend; {judged} of {len(measured)} cells were long enough to tell"
     if told and not closed:
         found += "; an open loop may be over-saturated: the latencies of that level have no verdict"
     return _gate("no-drift", "no cell drifted", not told or not closed, found)

@@ -7,7 +7,7 @@ from typing import Any
 
 from experiment import kv
 from experiment.plan import Plan
-from experiment.stack import Program, RunError, Stack, get
+from experiment.stack import Program, Remote, RunError, Stack, get
 
 IDLE_SECONDS = 60
 TIMEOUT_SECONDS = 10
@@ -20,13 +20,13 @@ def settle(plan: Plan, stack: Stack) -> dict[str, Any]:
     """
     time.sleep(plan.cooldown_seconds)
     started = time.monotonic()
-    servers = {target.name: stack.programs[target.name] for target in plan.targets if target.name in stack.programs}
+    servers = {target.name: stack[target.name] for target in plan.targets if target.name in stack}
     rows = {name: _wait_until_idle(program, stack) for name, program in servers.items()}
     caches = {name: _prefix_cache(servers[name], row) for name, row in rows.items()}
     return {"waited_seconds": time.monotonic() - started, "prefix_cache": caches}
 
 
-def _wait_until_idle(program: Program, stack: Stack) -> kv.Row | None:
+def _wait_until_idle(program: Program | Remote, stack: Stack) -> kv.Row | None:
     """The sample of a server that neither runs a request nor has one waiting; None where it does not say."""
     deadline = time.monotonic() + IDLE_SECONDS
     while True:
@@ -43,7 +43,7 @@ def _wait_until_idle(program: Program, stack: Stack) -> kv.Row | None:
         time.sleep(0.2)
 
 
-def _sample(program: Program) -> kv.Row | None:
+def _sample(program: Program | Remote) -> kv.Row | None:
     body = get(program.url + "/metrics", TIMEOUT_SECONDS)
     try:
         return kv.parse(body.decode()) if body else None
@@ -51,7 +51,7 @@ def _sample(program: Program) -> kv.Row | None:
         return None
 
 
-def _prefix_cache(program: Program, row: kv.Row | None) -> str:
+def _prefix_cache(program: Program | Remote, row: kv.Row | None) -> str:
     if row is None:
         return "unknown"
     if not row.get("prefix_caching"):

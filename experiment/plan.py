@@ -51,6 +51,10 @@ class Target(BaseModel):
     url: str = Field("", pattern="^(https?://.+)?$", description="use the server there instead of starting one")
     model: str = Field("", description="model to ask a server at a URL for; default: the first that it offers")
 
+    def __repr__(self) -> str:
+        """What was said of it, as a plan says it."""
+        return str(self.model_dump(exclude_defaults=True))
+
     @field_validator("name")
     @classmethod
     def _is_free(cls, name: str) -> str:
@@ -71,7 +75,7 @@ class Target(BaseModel):
         if self.url and self.args:
             raise ValueError("args are for a server that is started here; with a url none is")
         if self.model and not self.url:
-            raise ValueError("model is for a server at a url; the plan's model is served by those that are started here")
+            raise ValueError("model is for a server at a url; those that are started here serve the plan's")
         return self
 
 

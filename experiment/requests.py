@@ -5,9 +5,8 @@ What is computed from chunks is reduced block by block, so that no more of them 
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import get_args
+from typing import TypeVar, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -82,9 +81,34 @@ class Requests:
             row = rows.stop
 
 
-def load(path: Path) -> Requests:
-    """Read the columns of a file of records; raises ValueError for another file."""
-    return _gather(partial(records.batches, path, mapped=False))
+def load(path: Path, shift_ns: int = 0) -> Requests:
+    """Read the columns of a file of records, their times moved by `shift_ns`; raises ValueError for another file."""
+    return _gather(lambda: (shifted(batch, shift_ns) for batch in records.batches(path, mapped=False)))
+
+
+Table = TypeVar("Table", pa.RecordBatch, pa.Table)
+
+
+def shifted(table: Table, shift_ns: int) -> Table:
+    """Move all times of CLOCK_MONOTONIC in a table, those in lists too."""
+    for at, name in enumerate(table.schema.names) if shift_ns else ():
+        if not name.endswith("_ns") or name == "wall_ns":
+            continue
+        column = table.column(at)
+        moved = _moved(column, shift_ns) if isinstance(column, pa.Array) else _moved_chunks(column, shift_ns)
+        table = table.set_column(at, table.schema.field(at), moved)
+    return table
+
+
+def _moved_chunks(column: pa.ChunkedArray, shift_ns: int) -> pa.ChunkedArray:
+    return pa.chunked_array([_moved(chunk, shift_ns) for chunk in column.chunks], column.type)
+
+
+def _moved(array: pa.Array, shift_ns: int) -> pa.Array:
+    if pa.types.is_list(array.type):
+        values = pc.add(array.values, shift_ns)
+        return pa.ListArray.from_arrays(array.offsets, values, mask=array.is_null() if array.null_count else None)
+    return pc.add(array, shift_ns)
 
 
 def of(rows: Sequence[Record]) -> Requests:

@@ -1,9 +1,11 @@
 """A result folder: reads what a run left, and writes it as tables. It judges nothing."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import pyarrow.parquet as pq
 
 from experiment import kv, requests
 from experiment.memory import Memory, cache_table, gather
-from experiment.requests import Requests
+from experiment.requests import Requests, shifted
 from loadtest import records
 from loadtest.records import Record
 
@@ -41,7 +43,7 @@ class CellResult:
     """One cell as it was run: who, how loaded, when (CLOCK_MONOTONIC ns), its requests and the client's self-check.
 
     `level` is a number of requests in flight, or in an open loop a rate in requests per second. A cell of the `search`
-    for the saturation belongs to no level.
+    for the saturation belongs to no level, and is stopped early when it cannot meet the limits any more.
     """
 
     index: int
@@ -49,6 +51,7 @@ class CellResult:
     level: float
     repeat: int
     search: bool
+    stopped_early: bool
     planned_requests: int
     start_ns: int
     end_ns: int
@@ -96,12 +99,24 @@ def load(folder: Path) -> Results:
     """Read a result folder; raises ResultError, OSError."""
     plan, environment, status = (_read_json(folder / f"{name}.json") for name in ("plan", "environment", "status"))
     plan = {**OLD_PLAN, "levels": plan.get("concurrency"), **plan}
-    cells = [_load_cell(path.parent) for path in sorted((folder / "cells").glob("*/cell.json"))]
-    timeline = [_load_samples(path) for path in sorted((folder / "timeline").glob("*.arrow"))]
+    with damage_named(folder / "environment.json"):
+        parts = _parts(environment)
+    shifts = {part["boot_id"]: part["shift_ns"] for part in parts}
+    cells = [_load_cell(path.parent, shifts) for path in (folder / "cells").glob("*/cell.json")]
+    cells.sort(key=lambda cell: cell.index)
+    timeline, samples = [], defaultdict(list)
+    for part in parts:
+        shift = partial(shifted, shift_ns=part["shift_ns"])
+        timeline += [
+            shift(_load_samples(path)) for path in sorted((folder / f"timeline{part['suffix']}").glob("*.arrow"))
+        ]
+        for target, table in _load_kv(folder / f"kv{part['suffix']}").items():
+            samples[target].append(shift(table))
     with damage_named(folder):
         table = pa.concat_tables(timeline).unify_dictionaries() if timeline else None
+        caches = {target: pa.concat_tables(tables) for target, tables in samples.items()}
         sent = {target: [cell.requests for cell in cells if cell.target == target] for target in targets(plan)}
-        memory = gather(table, _load_kv(folder / "kv"), sent)
+        memory = gather(table, caches, sent)
     return Results(folder, plan, environment, status, cells, table, memory)
 
 
@@ -113,18 +128,40 @@ def _read_json(path: Path) -> JSON:
         return value
 
 
-def _load_cell(folder: Path) -> CellResult:
+def _parts(environment: JSON) -> list[JSON]:
+    """The parts of a run: in which start of the machine each ran, and what puts its times on one axis.
+
+    CLOCK_MONOTONIC begins anew with each start. What is added to its times puts them as far from those of the first
+    part as the wall clock says, so that parts do not overlap; within a cell nothing depends on it.
+    """
+    begun = environment.get("parts") or [{"boot_id": "", "wall_minus_monotonic_ns": 0}]
+    first = {"boot_id": begun[0]["boot_id"], "shift_ns": 0, "suffix": ""}
+    found = [first]
+    for number, part in enumerate(begun[1:], 2):
+        known = next((one["shift_ns"] for one in found if one["boot_id"] == part["boot_id"]), None)
+        moved = part["wall_minus_monotonic_ns"] - begun[0]["wall_minus_monotonic_ns"]
+        shift = moved if known is None else known
+        found.append({"boot_id": part["boot_id"], "shift_ns": shift, "suffix": f"-{number}"})
+    return found
+
+
+def _load_cell(folder: Path, shifts: Mapping[str, int]) -> CellResult:
     cell = _read_json(folder / "cell.json")
     cell = {"level": cell.get("concurrency"), "search": False, **cell}
     path, client = folder / "records.arrow", folder / "client.json"
+    with damage_named(folder / "cell.json"):
+        shift = shifts[cell["boot_id"]] if "boot_id" in cell else 0
     with damage_named(path):
-        kept = requests.load(path) if path.exists() else requests.of([])
+        kept = requests.load(path, shift) if path.exists() else requests.of([])
         last_ns = int(kept.end_ns.max(initial=0))
     with damage_named(folder / "cell.json"):
-        names = ("index", "target", "level", "repeat", "search", "planned_requests", "start_ns", "complete")
+        names = ("index", "target", "level", "repeat", "search", "planned_requests", "complete")
+        start_ns = cell["start_ns"] + shift
         return CellResult(
             **{name: cell[name] for name in names},
-            end_ns=cell["end_ns"] or max(last_ns, cell["start_ns"]),
+            stopped_early=cell.get("stopped_early", False),
+            start_ns=start_ns,
+            end_ns=cell["end_ns"] + shift if cell["end_ns"] else max(last_ns, start_ns),
             requests=kept,
             path=path,
             client=_read_json(client) if client.exists() else None,

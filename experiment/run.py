@@ -36,7 +36,7 @@ class Runner:
         self._console = console
         self._bench = Bench(plan, stack, workload_options(plan, stack))
         suffix = "" if part == 1 else f"-{part}"
-        self.timeline = Timeline(stack.programs["monitor"].url, folder / f"timeline{suffix}")
+        self.timeline = Timeline(stack["monitor"].url, folder / f"timeline{suffix}")
         self.kv = Sampling(folder / f"kv{suffix}", IDLE_NS if plan.resident == "all" else NEVER_NS)
         self.progress = Progress(
             TextColumn("{task.description}"),
@@ -76,7 +76,7 @@ class Runner:
     def sample(self, target: Target) -> None:
         """Sample the KV cache of a server that is up, from now on."""
         if target.name not in self.kv:
-            url = self._bench.stack.programs[target.name].url
+            url = self._bench.stack[target.name].url
             ours = target.kind == "vllm" and not target.url
             token = token_of_vllm(self._plan, url, target.args) if ours else None
             self.kv.add(target.name, user_of(target), url, token)
@@ -111,9 +111,8 @@ def _search(plan: Plan, runner: Runner, index: int) -> None:
 
 def attained(plan: Plan, cell: Cell, folder: Path) -> float:
     """Share of a cell's measured requests, also of those never sent, that met every limit."""
-    limits: Mapping[str, float] = dict(plan.limits)
     kept = records.read(folder / "records.arrow")
-    return sum(r.phase == "measured" and meets(r, limits) for r in kept) / plan.measured(cell.level)
+    return sum(r.phase == "measured" and meets(r, plan.limits) for r in kept) / plan.measured(cell.level)
 
 
 def is_complete(folder: Path) -> bool:

@@ -32,26 +32,39 @@ class RunError(Exception):
 
 @dataclass
 class Program:
-    """A program that is talked to: a process that was started, whose output goes to `log`, or one that ran already."""
+    """One process that was started; its output goes to `log`."""
 
     name: str
-    process: subprocess.Popen[bytes] | None
+    process: subprocess.Popen[bytes]
     log: Path
     url: str
 
     def check(self) -> None:
         """Raise RunError with the end of the log when the process has ended."""
-        code = self.process.poll() if self.process else None
+        code = self.process.poll()
         if code is not None:
             how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
             raise RunError(f"{self.name} {how}. {self.tail()}")
 
     def tail(self) -> str:
         """The last lines of its log, indented, under a line that names it."""
-        if not self.process:
-            return "It was not started here: see its own log."
         lines = self.log.read_text(errors="replace").splitlines()[-TAIL_LINES:]
         return f"The end of {self.log}:\n" + "\n".join(f"  {line}" for line in lines)
+
+
+@dataclass
+class Remote:
+    """A program that ran already and is only talked to."""
+
+    name: str
+    url: str
+
+    def check(self) -> None:
+        """Nothing: its end shows in what it answers."""
+
+    def tail(self) -> str:
+        """Where to look."""
+        return "It was not started here: see its own log."
 
 
 class Stack:
@@ -62,10 +75,17 @@ class Stack:
         self._logs = logs
         self._say = say
         self.programs: dict[str, Program] = {}
+        self._remotes: dict[str, Remote] = {}
         self._ready: set[str] = set()
         ports = ports_of(plan)
         # A server that is started again is found where it was.
         self._ports = {target.name: ports.get(target.name) or free_port() for target in plan.targets}
+
+    def __getitem__(self, name: str) -> Program | Remote:
+        return self.programs.get(name) or self._remotes[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.programs or name in self._remotes
 
     def __enter__(self) -> "Stack":
         if sys.platform == "linux":
@@ -83,12 +103,11 @@ class Stack:
         """
         self._start({"monitor": self._monitor(), **(self._servers() if self._plan.resident == "all" else {})})
 
-    def focus(self, name: str) -> Program:
-        """Return a server that is up, where one is resident after stopping the others; raises RunError."""
-        if name not in self.programs:
+    def focus(self, name: str) -> None:
+        """See that a server is up, where one is resident after stopping the others; raises RunError."""
+        if name not in self:
             self.stop([other for other in self.programs if other != "monitor"])
             self._start({name: self._servers()[name]})
-        return self.programs[name]
 
     def check(self) -> None:
         """Raise RunError when a program has ended."""
@@ -97,7 +116,7 @@ class Stack:
 
     def require_healthy(self, name: str) -> None:
         """Raise RunError unless the program runs and says that it is healthy; one that is dying gets 5 s to end."""
-        program = self.programs[name]
+        program = self[name]
         deadline = time.monotonic() + 5
         while time.monotonic() < deadline:
             program.check()
@@ -115,23 +134,21 @@ class Stack:
     def stop(self, names: Sequence[str] | None = None) -> None:
         """End programs, all by default, and what they leave behind, at the latest by force; no signal gets between."""
         before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
-        programs = [program for name, program in self.programs.items() if names is None or name in names]
-        ending = [program.process for program in programs if program.process]
-        for process in ending:
-            if process.poll() is None:
-                process.terminate()
+        programs = {name: self.programs[name] for name in (self.programs if names is None else names)}
+        for program in programs.values():
+            if program.process.poll() is None:
+                program.process.terminate()
         deadline = time.monotonic() + STOP_SECONDS
-        for process in ending:
-            end(process, deadline - time.monotonic())
-        for program in programs:
-            del self.programs[program.name]
-            self._ready.discard(program.name)
+        for name, program in programs.items():
+            end(program.process, deadline - time.monotonic())
+            del self.programs[name]
+            self._ready.discard(name)
         self._kill_orphans()
         for number, handler in before.items():
             signal.signal(number, handler)
 
     def _kill_orphans(self) -> None:
-        kept = {program.process.pid for program in self.programs.values() if program.process}
+        kept = {program.process.pid for program in self.programs.values()}
         for child in psutil.Process().children():
             if child.pid not in kept:
                 with suppress(psutil.NoSuchProcess):
@@ -144,15 +161,15 @@ class Stack:
         for name, command in commands.items():
             log = self._logs / f"{name}.log"
             if isinstance(command, str):
-                self.programs[name] = Program(name, None, log, command.rstrip("/"))
+                self._remotes[name] = Remote(name, command.rstrip("/"))
             else:
                 url = f"http://127.0.0.1:{command[command.index('--port') + 1]}"
                 self.programs[name] = Program(name, self._spawn(name, command, log), log, url)
             if find_gpus()[0]:
                 # vLLM measures how much memory is free: the others must have taken theirs by then.
-                self._wait_until_healthy(self.programs[name], started)
+                self._wait_until_healthy(self[name], started)
         for name in commands:
-            self._wait_until_healthy(self.programs[name], started)
+            self._wait_until_healthy(self[name], started)
 
     def _spawn(self, name: str, command: list[str], log: Path) -> subprocess.Popen[bytes]:
         environment = {"HEADROOM_SERVER": name} if name != "monitor" else {}
@@ -169,18 +186,18 @@ class Stack:
         return {t.name: t.url or command_of(self._plan, t, self._ports[t.name]) for t in self._plan.targets}
 
     def _context(self, name: str) -> int:
-        program = self.programs[name]
+        program = self[name]
         try:
             said = json.loads(get(program.url + "/v1/models") or b"")["data"][0]["max_model_len"]
             return min(int(said), self._plan.max_model_len or int(said))
         except (ValueError, KeyError, IndexError, TypeError) as error:
             self.require_healthy(name)
-            if not program.process and self._plan.max_model_len:
+            if isinstance(program, Remote) and self._plan.max_model_len:
                 return self._plan.max_model_len
-            advice = "" if program.process else "; say --max-model-len"
+            advice = "; say --max-model-len" if isinstance(program, Remote) else ""
             raise RunError(f"{name} does not say in /v1/models how long its context is: {error}{advice}") from None
 
-    def _wait_until_healthy(self, program: Program, started: float) -> None:
+    def _wait_until_healthy(self, program: Program | Remote, started: float) -> None:
         if program.name in self._ready:
             return
         said = started
@@ -200,11 +217,10 @@ class Stack:
         self._say(f"{program.name} is ready at {program.url} after {time.monotonic() - started:.0f} s")
 
 
-def _is_up(program: Program) -> bool:
+def _is_up(program: Program | Remote) -> bool:
     """Whether it answers; a server of others may have no /health."""
-    return get(program.url + "/health") is not None or (
-        not program.process and get(program.url + "/v1/models") is not None
-    )
+    paths = ("/health", "/v1/models") if isinstance(program, Remote) else ("/health",)
+    return any(get(program.url + path) is not None for path in paths)
 
 
 def command_of(plan: Plan, target: Target, port: int) -> list[str]:

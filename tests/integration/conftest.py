@@ -29,8 +29,8 @@ def compare(tmp_path: Path) -> Iterator[Callable[..., Compare]]:
     """Start a comparison with the given options of the plan; killed after the test if it still runs."""
     started: list[Compare] = []
 
-    def start(**options: Any) -> Compare:
-        started.append(Compare(tmp_path / "results", **options))
+    def start(out: str = "results", **options: Any) -> Compare:
+        started.append(Compare(tmp_path / out, **options))
         return started[-1]
 
     yield start

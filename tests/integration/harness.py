@@ -1,6 +1,7 @@
 """Starts the real programs as a user does."""
 
 import contextlib
+import json
 import socket
 import subprocess
 import sys
@@ -25,7 +26,7 @@ def free_ports(count: int) -> list[int]:
 def make_plan(out: Path, **options: Any) -> Plan:
     hf, vllm, monitor = free_ports(3)
     small: dict[str, Any] = {
-        "concurrency": [1, 3],
+        "levels": [1, 3],
         "min_requests": 6,
         "requests_per_user": 2,
         "output_mean": 12,
@@ -35,16 +36,18 @@ def make_plan(out: Path, **options: Any) -> Plan:
 
 
 class Compare:
-    """`headroom compare` as a process of its own, as a user runs it."""
+    """`headroom compare` as a process of its own, as a user runs it; with `resume` it goes on with a run."""
 
-    def __init__(self, out: Path, **options: Any):
+    def __init__(self, out: Path, resume: Path | None = None, **options: Any):
         self.out = out
         # Eager: a start takes half the time, and these tests are not about speed.
-        plan = make_plan(out, vllm_args="-- --enforce-eager", **options)
-        flags = [f"--{name.replace('_', '-')}={_text(value)}" for name, value in plan if value is not None]
+        plan = make_plan(out, **({"vllm_args": "-- --enforce-eager"} | options))
+        file = out.with_name(f"{out.name}-plan.json")
+        file.write_text(json.dumps(plan.model_dump()))
+        arguments = ["--resume", str(resume)] if resume else [str(file)]
         # A session of its own, so that a signal to its group is what Ctrl-C sends and does not reach the tests.
         self.process = subprocess.Popen(
-            [str(Path(sys.executable).with_name("headroom")), "compare", *flags],
+            [str(Path(sys.executable).with_name("headroom")), "compare", *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -80,7 +83,3 @@ class Compare:
         """Processes that outlived the run by more than 3 seconds."""
         _, alive = psutil.wait_procs(self.seen, timeout=3)
         return [" ".join(process.cmdline()) for process in alive if process.status() != psutil.STATUS_ZOMBIE]
-
-
-def _text(value: Any) -> str:
-    return ",".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -9,7 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from experiment.analysis import analyse
-from experiment.results import load
+from experiment.results import CellResult, load
+from experiment.stack import Stack
 from tests.integration.harness import Compare
 
 
@@ -20,15 +21,15 @@ def test_a_run_leaves_a_report_that_agrees_with_its_records(compare: Callable[..
     folder = run.folder
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["state"] == "complete"
-    order = [(cell["concurrency"], cell["target"]) for cell in summary["cells"]]
+    order = [(cell["level"], cell["target"]) for cell in summary["cells"]]
     assert [target for level, target in order if level == 3] == ["hf", "vllm", "vllm", "hf"]
     work = next(gate for gate in summary["gates"] if "same work" in gate["rule"])
     assert work["passed"], work
 
     table = pq.read_table(folder / "records.parquet").to_pylist()
-    own = [r for r in table if r["concurrency"] == 3 and r["target"] == "vllm" and r["phase"] == "measured"]
+    own = [r for r in table if r["level"] == 3 and r["target"] == "vllm" and r["phase"] == "measured"]
     ttft = sum(r["chunk_ns"][0] - r["sent_ns"] for r in own) / len(own) / 1e9
-    level = next(level for level in summary["levels"] if level["concurrency"] == 3)
+    level = next(level for level in summary["levels"] if level["level"] == 3)
     assert level["targets"]["vllm"]["ttft_seconds"]["mean"] == pytest.approx(ttft)
     assert level["targets"]["vllm"]["requests"] == len(own) == 12
 
@@ -114,3 +115,74 @@ def test_a_killed_headroom_leaves_no_process_and_a_readable_folder(compare: Call
     assert results.partial
     assert results.cells[0].records
     assert results.memory.caches["hf"].time_ns.size
+
+
+def test_a_killed_run_goes_on_and_its_report_is_that_of_a_whole_one(compare: Callable[..., Compare]) -> None:
+    options = {"repeats": 2, "levels": [1, 2], "output_mean": 30}
+    whole = compare("whole", **options)
+    assert whole.finish()[0] == 0
+    killed = compare("killed", **options)
+    killed.wait_for_records("vllm")
+    killed.process.kill()
+    killed.process.wait()
+    assert killed.left_behind() == []
+    resumed = compare("killed", resume=killed.folder)
+    code, output = resumed.finish()
+    assert code == 0, output
+
+    first, second = (load(run.folder) for run in (whole, killed))
+    assert not second.partial
+    assert len(second.environment["parts"]) == 2
+    assert len(list((killed.folder / "set-aside").iterdir())) == 1
+    assert [path.name for path in sorted(killed.folder.glob("cells/*"))] == [
+        path.name for path in sorted(whole.folder.glob("cells/*"))
+    ]
+    for one, other in zip(first.cells, second.cells, strict=True):
+        assert one.complete
+        assert other.complete
+        assert sent(one) == sent(other)
+    summary, expected = analyse(second), analyse(first)
+    assert [gate["id"] for gate in summary["gates"]] == [gate["id"] for gate in expected["gates"]]
+    for passed in ({gate["id"]: gate["passed"] for gate in found["gates"]} for found in (summary, expected)):
+        assert passed["cells"]
+        assert passed["answered"]
+        assert passed["same-work"]
+    assert [level["level"] for level in summary["levels"]] == [level["level"] for level in expected["levels"]]
+    for level in summary["levels"]:
+        assert all(figures["memory"]["kv"]["samples"] > 0 for figures in level["targets"].values())
+    assert "Partial." not in (killed.folder / "report.html").read_text()
+
+
+def sent(cell: CellResult) -> list[tuple[int, str, int | None, int | None]]:
+    """What was asked for and came back, without its times."""
+    return sorted((r.index, r.phase, r.prompt_tokens, r.output_tokens) for r in cell.records)
+
+
+def test_servers_at_their_urls_are_used_and_stay_up(compare: Callable[..., Compare], stack: Stack) -> None:
+    urls = [{"name": name, "kind": name, "url": stack.programs[name].url} for name in ("hf", "vllm")]
+    urls.append({"name": "other", "kind": "url", "url": stack.programs["vllm"].url})
+    run = compare(targets=urls, levels=[2], vllm_args="", monitor_url=stack.programs["monitor"].url)
+    code, output = run.finish()
+    assert code == 0, output
+    stack.check()
+    summary = json.loads((run.folder / "summary.json").read_text())
+    assert list(summary["levels"][0]["targets"]) == ["hf", "vllm", "other"]
+    assert {gate["id"]: gate["passed"] for gate in summary["gates"]}["same-work"]
+
+
+def test_one_server_at_a_time_and_a_search_for_the_highest_rate(compare: Callable[..., Compare]) -> None:
+    targets = [{"name": "sequential", "kind": "hf"}, {"name": "batch", "kind": "hf", "args": "--engine batch"}]
+    limits = {"ttft_seconds": 0.5}
+    options = {"resident": "one", "max_model_len": 256, "arrival": "poisson", "levels": [8], "limits": limits}
+    options |= {"attainment": 0.9, "saturation": True, "duration_seconds": 4, "ramp_seconds": 0.5}
+    run = compare(targets=targets, output_mean=30, vllm_args="", **options)
+    code, output = run.finish(500)
+    assert code == 0, output
+    cells = load(run.folder).cells
+    for name in ("sequential", "batch"):
+        searched = [cell for cell in cells if cell.target == name and cell.search]
+        assert 1 <= len(searched) <= 12
+        assert all(cell.complete for cell in searched)
+    summary = json.loads((run.folder / "summary.json").read_text())
+    assert summary["saturation"]["sequential"]["rate"] > 0
+    assert {gate["id"]: gate["passed"] for gate in summary["gates"]}["cells"]

@@ -38,7 +38,7 @@ ENVIRONMENT = {
     "gpus": [],
     "gpu_reason": "none here",
 }
-PART = {"began": "2026-01-01T00:00:00Z", "boot_id": "a", "wall_minus_monotonic_ns": 0, "plan_sha256": ""}
+PART = {"began": "2026-01-01T00:00:00Z", "boot_id": "a", "wall_minus_monotonic_ns": 0, "plan_sha256": "?"}
 SPEEDS = {"hf": 1.0, "vllm": 2.0}
 Speed = Callable[[Cell], float]
 
@@ -86,6 +86,7 @@ def cell_records(plan: Plan, cell: Cell, speed: float = 1.0) -> list[Record]:
 
 
 def write_records(path: Path, records: Sequence[Record]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.unlink(missing_ok=True)
     file = RecordFile(path)
     file.write(to_bytes(records))

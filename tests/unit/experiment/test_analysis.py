@@ -10,7 +10,7 @@ import pytest
 from experiment.analysis import analyse
 from experiment.results import JSON, load
 from loadtest.records import Record
-from tests.unit.experiment.folders import CLIENT, ENVIRONMENT, SECOND, make_record, write_records
+from tests.unit.experiment.folders import CLIENT, ENVIRONMENT, SECOND, change_json, make_record, write_records
 
 LADDER = [
     {"name": "one", "kind": "hf", "args": ""},
@@ -107,7 +107,10 @@ def test_a_search_is_told_what_its_cells_came_to_and_they_belong_to_no_level(tmp
     cells = [(name, 1.0, 1, False, requests(0.1)) for name in ("one", "vllm")]
     searched = [(2.0, 0.1), (4.0, 0.9), (2.83, 0.2), (3.36, 0.8), (2.85, 0.7)]
     cells += [("vllm", rate, 1, True, requests(wait, rate)) for rate, wait in searched]
-    found = summary(make(tmp_path, cells))
+    folder = make(tmp_path, cells)
+    # One that can no longer meet its limits is stopped.
+    change_json(folder / "cells" / "04-vllm-q4-r1" / "client.json", complete=False)
+    found = summary(folder)
     vllm = found["saturation"]["vllm"]
     assert list(found["saturation"]) == ["vllm"]
     assert vllm["rate"] == 2.83
@@ -149,4 +152,5 @@ def test_gates_have_names_of_their_own(tmp_path: Path) -> None:
     found = summary(make(tmp_path, [("one", 1.0, 1, False, requests(0.1))]))
     names = [gate["id"] for gate in found["gates"]]
     assert names == ["cells", "answered", "same-work", "no-drift", "client-complete", "client-fast"]
+    assert found["gates"][3]["found"] == "no trend; 1 of 1 cells were long enough to tell"
     assert found["gates"][0]["found"] == "missing or short: vllm at 1 requests/s, repeat 1"

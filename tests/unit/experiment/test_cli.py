@@ -72,7 +72,7 @@ def test_a_command_gets_the_plan_and_its_exit_code_is_passed_on(
 ) -> None:
     code, _, _ = headroom(command, "--concurrency", "1,4", "--hf-port", "9000")
     assert code == 7
-    assert (plans[0].concurrency, plans[0].hf_port) == ([1, 4], 9000)
+    assert (plans[0].levels, plans[0].hf_port) == ([1, 4], 9000)
 
 
 def test_ctrl_c_ends_with_130(headroom: Headroom, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,24 +85,27 @@ def test_ctrl_c_ends_with_130(headroom: Headroom, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize(
-    ("option", "value"),
+    ("option", "value", "key"),
     [
-        ("--concurrency", "0"),
-        ("--concurrency", "4,4"),
-        ("--concurrency", "abc"),
-        ("--hf-args", 'one "two'),
-        ("--vllm-args", "it's"),
-        ("--hf-port", "70000"),
-        ("--workload", "other"),
+        ("--concurrency", "0", "concurrency.0"),
+        ("--concurrency", "4,4", "levels"),
+        ("--concurrency", "abc", "concurrency.0"),
+        ("--levels", "-1", "levels.0"),
+        ("--hf-args", 'one "two', "hf_args"),
+        ("--vllm-args", "it's", "vllm_args"),
+        ("--hf-port", "70000", "hf_port"),
+        ("--workload", "other", "workload"),
+        ("--preset", "other", "preset"),
+        ("--hf-url", "there", "hf_url"),
     ],
 )
-def test_a_bad_value_ends_with_2_and_one_line_that_names_option_and_value(
-    headroom: Headroom, plans: list[Plan], option: str, value: str
+def test_a_bad_value_ends_with_2_and_one_line_that_names_key_and_value(
+    headroom: Headroom, plans: list[Plan], option: str, value: str, key: str
 ) -> None:
     code, _, err = headroom("compare", f"{option}={value}")
     assert (code, plans) == (2, [])
     assert err.count("\n") == 1
-    assert err.startswith(f"headroom: {option}: ")
+    assert err.startswith(f"headroom: {key}: ")
     assert value.split(",")[0] in err
 
 
@@ -118,6 +121,31 @@ def test_a_bad_variable_ends_with_2_and_one_line(
     assert err.startswith("headroom: ")
     assert err.count("\n") == 1
     assert variable.lower().replace("_", "-") in err.replace("_", "-").lower()
+
+
+def test_each_bad_key_of_a_plan_has_a_line(headroom: Headroom, plans: list[Plan], tmp_path: Path) -> None:
+    file = tmp_path / "plan.yaml"
+    file.write_text("targets: [{name: a, kind: hf}, {name: b, kind: tgi}]\nlevls: [1]\nrepeats: 0\n")
+    code, _, err = headroom("compare", str(file))
+    assert (code, plans) == (2, [])
+    assert err.splitlines() == [
+        "headroom: targets.1.kind: 'tgi': Input should be 'hf', 'vllm' or 'url'",
+        "headroom: repeats: 0: Input should be greater than or equal to 1",
+        "headroom: levls: [1]: unknown key; expected levels?",
+    ]
+
+
+@pytest.mark.parametrize("others", [["plan.yaml"], ["--repeats", "2"]])
+def test_resume_takes_no_other_option(headroom: Headroom, folder: Path, others: list[str]) -> None:
+    code, _, err = headroom("compare", "--resume", str(folder), *others)
+    assert code == 2
+    assert err == f"headroom: --resume: takes no other option, as the plan is that of the run; got {others[0]!r}\n"
+
+
+def test_a_run_that_came_to_its_end_is_not_resumed(headroom: Headroom, folder: Path) -> None:
+    code, _, err = headroom("compare", "--resume", str(folder))
+    assert code == 2
+    assert err == f"headroom: resume: {str(folder)!r}: the run came to its end; expected one that did not\n"
 
 
 def test_an_unknown_option_ends_with_2(headroom: Headroom, plans: list[Plan]) -> None:

@@ -1,6 +1,7 @@
 """A comparison that cannot start says why in one line, and starts nothing."""
 
 import io
+import json
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -105,3 +106,31 @@ def test_ctrl_c_ends_a_comparison_with_130(
     assert compare(plan, console) == 130
     assert "interrupted" in one_line(capsys)
     assert "interrupted" in (run_folder(plan) / "status.json").read_text()
+
+
+def test_a_run_that_was_stopped_goes_on_in_its_folder(
+    tmp_path: Path, console: Console, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = make_plan(out=str(tmp_path / "out"), **free_ports())
+    assert compare(plan, console) == 1
+    capsys.readouterr()
+    assert module.resume(run_folder(plan), console) == 1
+    assert "the programs were started" in one_line(capsys)
+    assert len(json.loads((run_folder(plan) / "environment.json").read_text())["parts"]) == 2
+
+
+def test_a_run_cannot_go_on_where_its_ports_are_taken(
+    tmp_path: Path, console: Console, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = make_plan(out=str(tmp_path / "out"), **free_ports())
+    compare(plan, console)
+    capsys.readouterr()
+    with socket.create_server(("127.0.0.1", plan.hf_port)):
+        assert module.resume(run_folder(plan), console) == 1
+    assert "--hf-port" in one_line(capsys)
+    assert len(json.loads((run_folder(plan) / "environment.json").read_text())["parts"]) == 1
+
+
+def test_all_servers_cannot_be_up_where_one_is_to_be(console: Console, capsys: pytest.CaptureFixture[str]) -> None:
+    assert up(make_plan(resident="one", max_model_len=64), console) == 1
+    assert "--resident: one: expected all" in one_line(capsys)

@@ -274,9 +274,10 @@ def test_a_server_that_hangs_costs_one_sample_and_the_next_one_has_a_new_connect
 def test_the_server_under_load_is_sampled_at_full_rate_and_the_other_now_and_then(
     serve: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kv, "IDLE_NS", 3600 * 10**9)
     servers = {"hf": serve(), "vllm": serve(lambda *_: (200, paged()))}
-    with kv.Sampling({name: server.url for name, server in servers.items()}, tmp_path / "kv") as sampling:
+    with kv.Sampling(tmp_path / "kv", rest_ns=3600 * 10**9) as sampling:
+        for name, server in servers.items():
+            sampling.add(name, name, server.url)
         for name, server in servers.items():
             sampling.focus(name)
             enough = len(server.paths) + 8

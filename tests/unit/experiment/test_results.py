@@ -364,3 +364,14 @@ def test_a_folder_that_lacks_a_file_of_a_run_is_refused_and_the_file_named(folde
 def test_speeds_of_the_made_folder_are_those_that_the_tests_expect() -> None:
     assert SPEEDS["vllm"] / SPEEDS["hf"] == 2
     assert Plan.model_validate(make_plan().model_dump()) == make_plan()
+
+
+def test_a_cell_that_was_stopped_early_says_nothing_of_the_load_generator(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "run")
+    slow = {"valid": False, "reasons": ["loop_lag_p99_seconds: 0.04: at most 0.01"]}
+    last = sorted((folder / "cells").iterdir())[-1]
+    change_json(last / "client.json", **slow)
+    fast = [next(gate["passed"] for gate in analyse(load(folder))["gates"] if gate["id"] == "client-fast")]
+    change_json(last / "cell.json", search=True, stopped_early=True)
+    fast.append(next(gate["passed"] for gate in analyse(load(folder))["gates"] if gate["id"] == "client-fast"))
+    assert fast == [False, True]

@@ -1,34 +1,18 @@
-"""How many requests a cell has, how long the rest takes, and files that are whole or not there."""
+"""How long the rest of a run takes, what is run again, and the search for the highest rate."""
 
-import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from experiment import run
 from experiment.plan import Cell
-from tests.unit.experiment.folders import make_plan
+from tests.unit.experiment.folders import SECOND, make_plan, make_record, write_records
+
+Took = dict[tuple[str, float], list[float]]
 
 
-def cell(target: str = "hf", concurrency: int = 4) -> Cell:
-    return Cell(index=1, target=target, level=concurrency, repeat=1, seed=1)
-
-
-@pytest.mark.parametrize(("concurrency", "warmup", "drain"), [(1, 2, 0), (2, 2, 1), (16, 16, 15)])
-def test_one_warms_up_for_each_in_flight_and_one_less_keeps_the_load_up(
-    concurrency: int, warmup: int, drain: int
-) -> None:
-    assert run.warmup(cell(level=concurrency)) == warmup
-    assert run.drain(cell(level=concurrency)) == drain
-
-
-@given(st.integers(1, 200), st.integers(1, 9), st.integers(2, 50))
-def test_a_cell_has_all_that_are_measured_and_those_around_them(level: int, per_user: int, least: int) -> None:
-    plan = make_plan(requests_per_user=per_user, min_requests=least)
-    total = run.cell_requests(plan, cell(concurrency=level))
-    assert total == max(2, level) + max(least, per_user * level) + level - 1
+def cell(target: str = "hf", level: float = 4) -> Cell:
+    return Cell(index=1, target=target, level=level, repeat=1, seed=1)
 
 
 def test_the_time_left_is_not_known_before_a_cell_has_run() -> None:
@@ -36,12 +20,12 @@ def test_the_time_left_is_not_known_before_a_cell_has_run() -> None:
 
 
 def test_the_time_left_is_that_of_cells_of_the_same_kind() -> None:
-    took = {("hf", 4): [60.0, 80.0], ("vllm", 4): [5.0]}
+    took: Took = {("hf", 4): [60.0, 80.0], ("vllm", 4): [5.0]}
     assert run.time_left([cell("hf"), cell("vllm")], took) == "about 1:15 left"
 
 
 def test_the_time_of_a_kind_that_never_ran_is_that_of_all_others() -> None:
-    took = {("hf", 4): [10.0], ("vllm", 4): [20.0]}
+    took: Took = {("hf", 4): [10.0], ("vllm", 4): [20.0]}
     assert run.time_left([cell("hf", 8), cell("hf", 4)], took) == "about 0:25 left"
 
 
@@ -49,28 +33,50 @@ def test_no_cells_take_no_time() -> None:
     assert run.time_left([], {("hf", 4): [10.0]}) == "about 0:00 left"
 
 
-def test_options_become_flags_that_values_cannot_break_out_of() -> None:
-    assert run.flags({"model": "--help", "users": 3}) == ["--model=--help", "--users=3"]
+class Server:
+    """Runs cells of a server that meets the limits up to a capacity; what it ran is kept as a run keeps it."""
+
+    def __init__(self, folder: Path, capacity: float):
+        self.folder, self.capacity = folder, capacity
+        self.ran: list[Cell] = []
+
+    def run(self, cell: Cell, planned: list[Cell]) -> Path:
+        assert planned == []
+        self.ran.append(cell)
+        sent_ns = 0 if cell.level <= self.capacity else -10 * SECOND
+        record = make_record(sent_ns=sent_ns, chunk_ns=[SECOND // 10, SECOND], chunk_tokens=[1, 3])
+        write_records(self.folder / cell.name / "records.arrow", [record] * OPEN.measured(cell.level))
+        return self.folder / cell.name
 
 
-def test_json_is_written_whole_and_leaves_no_draft(tmp_path: Path) -> None:
-    path = tmp_path / "a.json"
-    run.write_json(path, {"a": 1})
-    run.write_json(path, {"a": 2})
-    assert json.loads(path.read_text()) == {"a": 2}
-    assert list(tmp_path.iterdir()) == [path]
+OPEN = make_plan(arrival="poisson", levels=[1, 2], limits={"ttft_seconds": 1}, requests=4, saturation=True)
 
 
-def test_a_failed_write_keeps_the_file_that_was_there(tmp_path: Path) -> None:
-    path = tmp_path / "a.json"
-    run.write_json(path, {"a": 1})
-    with pytest.raises(TypeError):
-        run.write_json(path, {"a": object()})
-    assert json.loads(path.read_text()) == {"a": 1}
+@pytest.mark.parametrize("capacity", [0.11, 2.0, 7.3, 150.0])
+def test_the_search_of_each_target_ends_at_its_capacity(tmp_path: Path, capacity: float) -> None:
+    server = Server(tmp_path / "a", capacity)
+    run._search(OPEN, server, 8)  # type: ignore[arg-type]
+    assert [cell.index for cell in server.ran] == list(range(9, 9 + len(server.ran)))
+    for name in ("hf", "vllm"):
+        rates = [cell.level for cell in server.ran if cell.target == name]
+        assert rates[0] == 2
+        assert len(rates) <= run.SEARCH_CELLS
+        assert max(rate for rate in rates if rate <= capacity) == pytest.approx(capacity, rel=0.06)
+    assert all(cell.search for cell in server.ran)
+    again = Server(tmp_path / "b", capacity)
+    run._search(OPEN, again, 8)  # type: ignore[arg-type]
+    assert again.ran == server.ran
 
 
-def test_a_target_that_cannot_be_replaced_leaves_no_draft(tmp_path: Path) -> None:
-    (tmp_path / "a.json" / "in the way").mkdir(parents=True)
-    with pytest.raises(OSError, match=r"a\.json"):
-        run.write_json(tmp_path / "a.json", 1)
-    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+def test_requests_that_were_never_sent_did_not_meet_the_limits(tmp_path: Path) -> None:
+    cell = OPEN.cell(1, "hf", 2, 1, search=True)
+    record = make_record(chunk_ns=[SECOND // 10, SECOND], chunk_tokens=[1, 3])
+    write_records(tmp_path / "records.arrow", [record] * 3 + [make_record(phase="drain")] * 5)
+    assert run.attained(OPEN, cell, tmp_path) == 0.75
+
+
+@pytest.mark.parametrize(("content", "complete"), [(None, False), ("true", True), ("false", False)])
+def test_only_a_cell_that_says_so_is_complete(tmp_path: Path, content: str | None, complete: bool) -> None:
+    if content:
+        (tmp_path / "cell.json").write_text(f'{{"complete": {content}}}')
+    assert run.is_complete(tmp_path) == complete

@@ -310,3 +310,78 @@ def test_a_monitor_that_does_not_answer_leaves_no_piece(tmp_path: Path) -> None:
     with Timeline(unused_url(), tmp_path / "timeline") as timeline:
         timeline.keep()
     assert list((tmp_path / "timeline").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [
+        (("", ""), []),
+        (("--a 1", "--b 'c d'"), ["--a", "1", "--b", "c d"]),
+        (("-- --x", "--b"), ["--b", "--", "--x"]),
+        (("--a -- --x", "--b -- --y 1"), ["--a", "--b", "--", "--x", "--y", "1"]),
+    ],
+)
+def test_arguments_of_the_plan_and_of_a_target_are_one_command_line(
+    lines: tuple[str, ...], expected: list[str]
+) -> None:
+    assert stack.joined(*lines) == expected
+
+
+def test_a_server_is_started_with_what_the_plan_and_its_target_say() -> None:
+    plan = make_plan(
+        targets=[{"name": "a", "kind": "vllm", "args": "--max-num-seqs 2"}],
+        model="m",
+        kv_budget=99,
+        max_model_len=64,
+        vllm_args="-- --enforce-eager",
+        gpu_memory_utilization=0.9,
+    )
+    assert " ".join(stack.command_of(plan, plan.targets[0], 5)) == (
+        "servers.vllm --port 5 --model m --dtype auto --max-model-len 64 --kv-budget 99 --gpu-memory-utilization 0.9 "
+        "--max-num-seqs 2 -- --enforce-eager"
+    )
+
+
+def test_the_first_server_of_a_kind_has_the_port_of_the_plan_and_one_at_a_url_none() -> None:
+    servers = [{"name": name, "kind": kind} for name, kind in (("a", "hf"), ("b", "hf"), ("c", "vllm"))]
+    plan = make_plan(targets=servers, hf_port=1, vllm_port=2, monitor_port=3)
+    assert stack.ports_of(plan) == {"monitor": 3, "a": 1, "c": 2}
+    assert [stack.option_of(plan, name) for name in stack.ports_of(plan)] == [
+        *("--monitor-port", "--hf-port", "--vllm-port")
+    ]
+    servers[2] |= {"url": "http://there"}
+    assert stack.ports_of(make_plan(targets=servers, hf_port=1, monitor_url="http://there")) == {"a": 1}
+
+
+def test_what_runs_already_is_used_and_left_as_it_is(tmp_path: Path, serve: Serve) -> None:
+    # A server of others: it has no /health.
+    url = serve({"/v1/models": b"{}"})
+    monitor = serve({"/health": b""})
+    plan = make_plan(targets=[{"name": "a", "kind": "url", "url": url + "/"}], monitor_url=monitor)
+    with Stack(plan, tmp_path, lambda _: None) as running:
+        running.start()
+        running.check()
+        assert (running["a"].url, running["monitor"].url, running.programs) == (url, monitor, {})
+        with pytest.raises(RunError, match="a does not say in /v1/models how long its context is: 'data'; say --max"):
+            running.max_model_len()
+    assert list(tmp_path.iterdir()) == []
+    limited = make_plan(targets=[{"name": "a", "kind": "url", "url": url}], monitor_url=monitor, max_model_len=64)
+    with Stack(limited, tmp_path, lambda _: None) as running:
+        running.start()
+        assert running.max_model_len() == 64
+
+
+def test_where_one_server_is_up_another_ends_before_it_starts(
+    tmp_path: Path, sleeper: Program, serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = make_plan(resident="one", max_model_len=64, targets=[{"name": n, "kind": "hf"} for n in ("a", "b")])
+    made = Stack(plan, tmp_path, lambda _: None)
+    made.programs["a"] = sleeper
+    url = serve({"/health": b""})
+    monkeypatch.setattr(made, "_servers", lambda: {"b": ["http.server", "--port", url.rpartition(":")[2]]})
+    monkeypatch.setattr(stack, "spawn", lambda *_: sleeper.process)
+    made.focus("a")
+    assert "b" not in made
+    made.focus("b")
+    assert sleeper.process.returncode == -signal.SIGTERM
+    assert list(made.programs) == ["b"]

@@ -84,7 +84,7 @@ def test_one_repeat_has_a_ratio_without_an_interval_or_a_verdict() -> None:
 
 
 def test_percentiles_are_exact() -> None:
-    summary = stats.summarize(np.arange(101.0))
+    summary = stats.summarize(np.arange(101, dtype=np.float64))
     assert summary == stats.Summary(count=101, mean=50.0, p50=50.0, p90=90.0, p99=99.0)
 
 

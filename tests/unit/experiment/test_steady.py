@@ -46,7 +46,6 @@ def queue(draw: np.random.Generator, sent: Floats | None, seats: int, count: int
     From the first to the last a server becomes `slower` by this factor.
     """
     took = draw.lognormal(-0.18, 0.6, count) * np.linspace(1, slower, count)
-    users = [0.0] * seats
     free = [float(at) for at in draw.uniform(0, 1, seats)]
     heapq.heapify(free)
     times = np.empty((count, 3))
@@ -57,7 +56,8 @@ def queue(draw: np.random.Generator, sent: Floats | None, seats: int, count: int
         last = begun + took[number]
         times[number] = due, begun + 0.1 * took[number], last
         heapq.heappush(free, last)
-    return columns(*times.T, warmup=max(2, len(users)))
+    sent_at, first, last_at = times.T
+    return columns(sent_at, first, last_at, warmup=max(2, seats))
 
 
 def poisson(draw: np.random.Generator, rate: float, count: int) -> Floats:
