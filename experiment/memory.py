@@ -159,9 +159,9 @@ def _series(timeline: pa.Table, metric: str, layer: Layer, name: str) -> Iterato
         yield Series(layer, owner["server"], owner["gpu"], name, own["time_ns"].to_numpy(), own["value"].to_numpy())
 
 
-def runs(time_ns: Moments) -> Moments:
+def runs(time_ns: Moments, gap_ns: int = GAP_NS) -> Moments:
     """The number of the run without a gap that each sample belongs to, from 0; times ascend."""
-    return np.cumsum(np.diff(time_ns, prepend=time_ns[:1]) > GAP_NS, dtype=np.int64)
+    return np.cumsum(np.diff(time_ns, prepend=time_ns[:1]) > gap_ns, dtype=np.int64)
 
 
 def thin(values: Floats, points: int = MAX_POINTS) -> NDArray[np.int64]:

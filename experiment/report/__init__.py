@@ -1,43 +1,74 @@
-"""The report of a run: tables as Parquet, figures as JSON and one HTML page. It renders and computes nothing."""
+"""The report of a run: one HTML page in two languages, charts as files, tables and figures. It computes nothing."""
 
 import json
-import shlex
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import jinja2
+import yaml
 
 from experiment.analysis import analyse
-from experiment.report import charts, layers
-from experiment.report.charts import NAMES
+from experiment.kv import REASONS
+from experiment.report import caches, charts, layers, look, sentence, tables
+from experiment.report.formats import filters
+from experiment.report.look import Frame
+from experiment.report.paging import sketch
+from experiment.report.quantiles import quantiles
+from experiment.report.words import LANGUAGES, Words
 from experiment.results import JSON, Results, damage_named, load, write_tables
 
-LAYERS = {"device": "device", "process": "process", "host": "host, PSS", "allocator": "torch"}
-REASONS = ("reserved", "padding", "finished", "fragmentation")
-METRICS = {
-    "ttft_seconds": "time to first token (TTFT)",
-    "tpot_seconds": "time per output token (TPOT)",
-    "e2e_seconds": "end-to-end latency (E2E)",
-}
+Drawn = dict[str, dict[str, str]]
 
 
 def write(folder: Path) -> JSON:
-    """Analyse the run in `folder` and write summary.json, report.html and the Parquet tables beside its records.
+    """Analyse the run in `folder` and write its report, charts, tables and summary beside its records.
 
     Returns the summary; raises ResultError, OSError.
     """
     results = load(folder)
     with damage_named(folder):
         summary = analyse(results)
-        html = page(results, summary)
         text = json.dumps(summary, indent=2, allow_nan=False)
+        drawn = draw(results, summary)
+        html = page(results, summary, drawn)
     write_tables(results)
+    tables.write(folder, summary)
+    write_charts(folder / "charts", drawn)
     (folder / "summary.json").write_text(text + "\n")
     (folder / "report.html").write_text(html, encoding="utf-8")
     return summary
 
 
-def page(results: Results, summary: JSON) -> str:
+def frame_of(summary: JSON, language: str) -> Frame:
+    """What all charts and tables in a language share."""
+    return Frame(Words(language), summary["targets"], summary["arrival"] == "closed")
+
+
+def draw(results: Results, summary: JSON) -> Drawn:
+    """All charts as SVG by language and name."""
+    rows = list(quantiles(results))
+    attainment = results.plan.get("attainment")
+    return {language: _draw(results, summary, rows, frame_of(summary, language), attainment) for language in LANGUAGES}
+
+
+def _draw(
+    results: Results, summary: JSON, rows: Sequence[JSON], frame: Frame, attainment: float | None
+) -> dict[str, str]:
+    found = charts.draw(frame, summary, rows, attainment) | caches.draw(frame, summary)
+    return found | layers.draw(frame, results.memory, summary)
+
+
+def write_charts(folder: Path, drawn: Drawn) -> None:
+    """Write every chart as SVG in each language, and as PNG in English, whose letters every machine has."""
+    for language, named in drawn.items():
+        (folder / language).mkdir(parents=True, exist_ok=True)
+        for name, text in named.items():
+            (folder / language / f"{name}.svg").write_text(text, encoding="utf-8")
+            if language == "en":
+                (folder / language / f"{name}.png").write_bytes(look.png(text))
+
+
+def page(results: Results, summary: JSON, drawn: Drawn) -> str:
     """Render the page; everything it needs is inside, so that it opens without a network."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("experiment.report", "."),
@@ -46,61 +77,50 @@ def page(results: Results, summary: JSON) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(ms=_ms, number=_number, gib=_gib, amount=_amount, share=_share)
+    environment.filters.update(filters())
+    known = _known(summary)
+    frames = {language: frame_of(summary, language) for language in LANGUAGES}
     return environment.get_template("page.html.j2").render(
+        languages=LANGUAGES,
+        frames=frames,
+        headlines={language: sentence.verdict(frame, summary) for language, frame in frames.items()},
+        all_charts=drawn,
         summary=summary,
         plan=results.plan,
+        plan_yaml=yaml.safe_dump(results.plan, sort_keys=False, allow_unicode=True).strip(),
         environment=results.environment,
         folder=results.folder.name,
-        charts=charts.draw(summary) | layers.draw(results.memory, summary),
-        command=_command(results.folder),
-        names=NAMES,
-        metrics=METRICS,
+        known=known,
+        latencies={name: metric for name, metric in charts.LATENCIES.items() if metric in known},
+        drawn_latencies=charts.shown(frames["en"]),
+        sections=_sections(summary),
+        sketch=sketch(),
         reasons=REASONS,
         columns=_columns(summary),
         sources=_sources(summary),
     )
 
 
-def _columns(summary: JSON) -> dict[tuple[str, str], str]:
-    """The layers of memory that were sampled, and how the page names them."""
+def _known(summary: JSON) -> set[str]:
+    """The metrics of which any target has a figure at any level."""
+    kept = [figures for level in summary["levels"] for figures in level["targets"].values()]
+    return {metric for figures in kept for metric, value in figures.items() if value is not None}
+
+
+def _sections(summary: JSON) -> list[str]:
+    """What the page has, in its order."""
+    found = [name for name in ("saturation", "ladder") if summary.get(name)]
+    return ["latency", "tradeoff", *found, "memory", "paging", "kv", "figures", "gates", "cells", "repeat"]
+
+
+def _columns(summary: JSON) -> list[tuple[str, str]]:
+    """The layers of memory that were sampled, but for the KV cache, and what was sampled in each."""
     kept = [figures["memory"] for level in summary["levels"] for figures in level["targets"].values()]
-    found = {(layer, name): None for layer in LAYERS for memory in kept for name in memory.get(layer, {})}
-    return {(layer, name): LAYERS[layer] if name == "held" else f"{LAYERS[layer]}: {name}" for layer, name in found}
+    order = ("device", "process", "host", "allocator")
+    return list(dict.fromkeys((layer, name) for layer in order for memory in kept for name in memory.get(layer, {})))
 
 
 def _sources(summary: JSON) -> JSON:
     """The figures of a KV cache of each server that has some, for where its live tokens come from."""
     found = [(t, f["memory"].get("kv")) for level in summary["levels"] for t, f in level["targets"].items()]
     return {target: figures for target, figures in found if figures}
-
-
-def _command(folder: Path) -> str:
-    """The command that repeats the run."""
-    return shlex.join(["headroom", "compare", str(folder / "plan.json")])
-
-
-def _ms(seconds: float | None) -> str:
-    return "-" if seconds is None else f"{seconds * 1e3:,.1f}"
-
-
-def _number(value: Any, digits: int = 0) -> str:
-    return "-" if value is None else f"{value:,.{digits}f}"
-
-
-def _gib(value: float) -> str:
-    return f"{value / 2**30:.1f}"
-
-
-def _amount(value: float, unit: str) -> str:
-    """Bytes in the largest unit of which there is at least one, or a count of tokens or blocks."""
-    if unit != "bytes":
-        return f"{value:,.0f} {unit}"
-    scale, name = next(((s, n) for s, n in ((2**30, "GiB"), (2**20, "MiB")) if value >= s), (2**10, "KiB"))
-    return f"{value / scale:,.1f} {name}"
-
-
-def _share(ends: tuple[float | None, float | None]) -> str:
-    """A share in percent, or the bounds between which it is."""
-    texts = [_number(None if end is None else end * 100, 1) for end in ends]
-    return " to ".join(dict.fromkeys(texts))

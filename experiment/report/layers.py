@@ -1,8 +1,9 @@
 """The layers of memory over time as one chart: a panel for each, on one time axis, with the cells marked."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import get_args
 
 import altair as alt
 import numpy as np
@@ -10,76 +11,103 @@ import numpy as np
 from experiment.kv import REASONS
 from experiment.live import Cache, Moments
 from experiment.memory import GAP_NS, MAX_POINTS, Layer, Memory, Window, inside, runs, thin
-from experiment.report.charts import COLORS, INK, NAMES, WIDTH, svg
+from experiment.report.look import COLORS, INK, Frame, columns, heading, legend_on_top, room_for, svg, table
+from experiment.report.words import Words
 from experiment.requests import Flags, Floats
 from experiment.results import JSON
 
-TITLES: dict[Layer, str] = {
-    "device": "Device: what the GPU counts as used (NVML)",
-    "process": "Process: GPU memory by server (NVML)",
-    "host": "Process: host memory by server (PSS)",
-    "allocator": "Allocator: torch in the HF server",
-}
-LINES = COLORS | {"allocated": "#d97706", "reserved": "#a8a29e", "used": "#0891b2"}
+# What is drawn of the device and the allocator.
+LINES = {"allocated": COLORS[4], "reserved": "#8c959f", "used": COLORS[5], "reserved by the driver": "#8c959f"}
 # What a KV cache is used for, from the bottom of its panel to the top.
 PARTS = {
-    "live": "#0d9488",
-    "live or unused": "#86cfc6",
-    "reserved": "#8b5cf6",
-    "padding": "#db2777",
-    "finished": "#78716c",
-    "fragmentation": "#ef4444",
-    "in use": "#64748b",
+    "live": "#009e73",
+    "live or unused": "#99d8c7",
+    "reserved": "#785ef0",
+    "padding": "#dc267f",
+    "finished": "#8c959f",
+    "fragmentation": "#ffb000",
+    "in use": "#6e7781",
 }
 UNITS = [(2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "bytes")]
 HEIGHT = 110
+# A page shows the first on a phone, the other elsewhere.
+POINTS = 2400
+WIDTHS = {"memory-narrow": 290, "memory": 1080}
 
 
-def draw(memory: Memory, summary: JSON) -> dict[str, str]:
-    """Draw the chart of memory, named `memory`, if there is a cell, and a sample in its time."""
+def draw(frame: Frame, memory: Memory, summary: JSON) -> dict[str, str]:
+    """Draw the chart of memory, if there is a cell and a sample in its time, in each of `WIDTHS`."""
     cells = summary["cells"]
     if not cells:
         return {}
     window = min(cell["start_ns"] for cell in cells), max(cell["end_ns"] for cell in cells)
-    panels = [_lines(title, rows) for layer, title in TITLES.items() if (rows := list(_points(memory, layer, window)))]
-    for target, cache in memory.caches.items():
-        if (chosen := inside(cache.time_ns, [window])).any():
-            panels.append(_areas(target, cache, chosen, window))
+    series = [one for one in memory.series if inside(one.time_ns, [window]).any()]
+    caches = {target: cache for target, cache in memory.caches.items() if inside(cache.time_ns, [window]).any()}
+    panels = len({one.layer for one in series}) + len(caches)
     if not panels:
         return {}
+    sampled = Memory(series, dict(sorted(caches.items(), key=lambda item: frame.slot(item[0]))))
+    return {name: _draw(Drawing(frame, window, name, panels), sampled, cells) for name in WIDTHS}
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """One of the charts: what all its panels share."""
+
+    frame: Frame
+    window: Window
+    name: str
+    panels: int
+
+    @property
+    def width(self) -> int:
+        """Width of a panel in pixels."""
+        return WIDTHS[self.name]
+
+    @property
+    def points(self) -> int:
+        """How many points are drawn of each series: no more than can be told apart, and fewer in many panels."""
+        return min(MAX_POINTS, self.width // 2, max(100, POINTS // self.panels))
+
+
+def _draw(drawing: Drawing, memory: Memory, cells: Sequence[JSON]) -> str:
+    words = drawing.frame.words
+    panels = [
+        _lines(drawing, words(f"layer.{layer}"), rows)
+        for layer in get_args(Layer)
+        if (rows := list(_points(drawing, memory, layer)))
+    ]
+    for target, cache in memory.caches.items():
+        panels.append(_areas(drawing, target, cache, inside(cache.time_ns, [drawing.window])))
     layered = []
     for number, (title, parts) in enumerate(panels, 1):
-        bands = _bands(cells, window, "seconds since the first cell began" if number == len(panels) else None)
-        layered.append(alt.layer(*bands, *parts).properties(width=2 * WIDTH + 150, height=HEIGHT, title=_title(title)))
-    # Room at the right: a page may draw letters wider than they are taken to be here.
-    whole = alt.vconcat(*layered, spacing=14, padding={"left": 5, "top": 5, "right": 60, "bottom": 5})
-    return {"memory": svg(whole.resolve_scale(x="shared", color="independent"))}
+        bands = _bands(drawing, cells, words("axis.time") if number == len(panels) else None)
+        layered.append(alt.layer(*bands, *parts).properties(width=drawing.width, height=HEIGHT, title=heading(title)))
+    whole = alt.vconcat(*layered, spacing=14).resolve_scale(x="shared", color="independent")
+    return svg(whole, f"{words.language}-{drawing.name}")
 
 
-def _title(text: str) -> alt.TitleParams:
-    return alt.TitleParams(text, anchor="start", color=INK, fontSize=12, fontWeight=600, offset=4)
+def _bands(drawing: Drawing, cells: Sequence[JSON], title: str | None) -> Iterator[alt.Chart]:
+    """What marks the cells in a panel: the colour of the server under load, and its level."""
+    frame, window = drawing.frame, drawing.window
+    for target in dict.fromkeys(cell["target"] for cell in cells):
+        rows = [_band(cell, drawing) for cell in cells if cell["target"] == target]
+        scale = alt.Scale(domain=[0, (window[1] - window[0]) / 1e9], nice=False)
+        x = alt.X("from:Q", title=title, scale=scale, axis=alt.Axis(grid=False, tickCount=drawing.width // 70))
+        chart = table(rows).encode(x=x)
+        color = frame.color(target)
+        rect = chart.mark_rect(fillOpacity=0.13, color=color, stroke=color, strokeOpacity=0.5)
+        yield rect.encode(x2="to:Q")
+        yield chart.mark_text(y=-7, fontSize=10, color=INK).encode(x="middle:Q", text="label:N")
 
 
-def _bands(cells: Sequence[JSON], window: Window, title: str | None) -> Iterator[alt.Chart]:
-    """What marks the cells in a panel: the colour of the server under load, and the requests in flight."""
-    for target, name in NAMES.items():
-        rows = [_band(cell, window) for cell in cells if cell["target"] == target]
-        if rows:
-            scale = alt.Scale(domain=[0, (window[1] - window[0]) / 1e9], nice=False)
-            x = alt.X("from:Q", title=title, scale=scale)
-            chart = alt.Chart(alt.Data(values=rows)).encode(x=x)
-            rect = chart.mark_rect(fillOpacity=0.13, color=COLORS[name], stroke=COLORS[name], strokeOpacity=0.5)
-            yield rect.encode(x2="to:Q")
-            yield chart.mark_text(y=-9, fontSize=10, color=INK).encode(x="middle:Q", text="label:N")
-    heading = alt.Chart(alt.Data(values=[{"text": "in flight"}]))
-    yield heading.mark_text(x=-4, y=-9, align="right", fontSize=10, color=INK).encode(text="text:N")
-
-
-def _band(cell: JSON, window: Window) -> JSON:
-    start, end = ((cell[name] - window[0]) / 1e9 for name in ("start_ns", "end_ns"))
+def _band(cell: JSON, drawing: Drawing) -> JSON:
+    begin, finish = drawing.window
+    start, end = ((cell[name] - begin) / 1e9 for name in ("start_ns", "end_ns"))
+    label = f"{cell['level']:g}"
     # Narrow bands have no room for a label.
-    wide = end - start > 0.03 * (window[1] - window[0]) / 1e9
-    return {"from": start, "to": end, "middle": (start + end) / 2, "label": f"{cell['level']:g}" if wide else ""}
+    wide = (end - start) / ((finish - begin) / 1e9) * drawing.width > 7 * len(label) + 2
+    return {"from": start, "to": end, "middle": (start + end) / 2, "label": label if wide else ""}
 
 
 @dataclass(frozen=True)
@@ -94,12 +122,13 @@ class Steps:
     run: list[int]
 
 
-def _steps(time_ns: Moments, columns: Sequence[Floats], window: Window) -> Steps:
+def _steps(time_ns: Moments, columns: Sequence[Floats], window: Window, points: int = MAX_POINTS) -> Steps:
     """Choose so few samples that they can be drawn; the extremes of each column are among them."""
-    run = runs(time_ns)
+    # A shorter gap could not be seen, and each run costs a group of marks.
+    run = runs(time_ns, max(GAP_NS, (window[1] - window[0]) * 4 // points))
     last = np.flatnonzero(np.diff(run, append=run[-1] + 1))
     first = np.append(0, last[:-1] + 1)
-    extremes = [thin(values, max(2, MAX_POINTS // len(columns))) for values in columns]
+    extremes = [thin(values, max(2, points // len(columns))) for values in columns]
     at = np.sort(np.concatenate([np.unique(np.concatenate([first, last, *extremes])), last]))
     period_ns = min(GAP_NS, int(np.median(np.diff(time_ns)))) if len(time_ns) > 1 else GAP_NS
     again = np.append(False, at[1:] == at[:-1])
@@ -107,68 +136,100 @@ def _steps(time_ns: Moments, columns: Sequence[Floats], window: Window) -> Steps
     return Steps(at, (shown_ns / 1e9).round(3).tolist(), run[at].tolist())
 
 
-def _points(memory: Memory, layer: Layer, window: Window) -> Iterator[JSON]:
+def _points(drawing: Drawing, memory: Memory, layer: Layer) -> Iterator[JSON]:
     """The points of the lines of a layer."""
-    chosen = [one for one in memory.series if one.layer == layer]
-    several = len({one.gpu for one in chosen}) > 1
-    for one in chosen:
-        name = one.name if layer in ("device", "allocator") else NAMES.get(one.owner, one.owner)
+    frame, window = drawing.frame, drawing.window
+    own = [one for one in memory.series if one.layer == layer]
+    several = len({one.gpu for one in own}) > 1
+    owners = len({one.owner for one in own}) > 1
+    for one in own:
         within = inside(one.time_ns, [window])
         times, values = one.time_ns[within], one.values[within]
         if not len(times):
             continue
-        steps = _steps(times, [values], window)
+        steps = _steps(times, [values], window, drawing.points)
+        what = frame.words.named("line", one.name)
+        name = frame.words.named("line", frame.name(one.owner))
+        label = {"device": what, "allocator": f"{name}: {what}" if owners else what}.get(layer, name)
+        label = f"{label}, GPU {one.gpu}" if several else label
+        color = LINES[one.name] if layer in ("device", "allocator") and not owners else frame.color(one.owner)
         for second, run, value in zip(steps.seconds, steps.run, values[steps.at].tolist(), strict=True):
-            label = f"{name}, GPU {one.gpu}" if several else name
-            yield {"name": label, "run": run, "seconds": second, "value": value}
+            yield {
+                "name": label,
+                "color": color,
+                "dashed": layer == "allocator" and one.name == "reserved",
+                "run": run,
+                "seconds": second,
+                "value": value,
+            }
 
 
-def _lines(title: str, rows: Sequence[JSON]) -> tuple[str, list[alt.Chart]]:
-    scale, unit = _unit(max(row["value"] for row in rows))
-    points = [row | {"value": row["value"] / scale} for row in rows]
-    names = list(dict.fromkeys(row["name"] for row in rows))
-    colors = [LINES.get(name.split(",")[0], INK) for name in names]
-    lines = alt.Chart(alt.Data(values=points)).mark_line(strokeWidth=1.5, interpolate="step-after")
-    y = alt.Y("value:Q", title=unit, axis=alt.Axis(tickCount=4))
-    return title, [lines.encode(x="seconds:Q", y=y, detail="run:N", color=_color(names, colors, "stroke"))]
+def _lines(drawing: Drawing, title: str, rows: Sequence[JSON]) -> tuple[str, list[alt.Chart]]:
+    scale, unit = unit_of(max(row["value"] for row in rows))
+    colors = {row["name"]: row["color"] for row in rows}
+    points = [
+        {name: row[name] for name in ("name", "dashed", "run", "seconds")} | {"value": row["value"] / scale}
+        for row in rows
+    ]
+    lines = table(points).mark_line(strokeWidth=1.5, interpolate="step-after")
+    y = alt.Y("value:Q", title=drawing.frame.words.named("unit", unit), axis=alt.Axis(tickCount=4))
+    dash = alt.condition("datum.dashed", alt.value([4, 3]), alt.value([1, 0]))
+    return title, [
+        lines.encode(x="seconds:Q", y=y, detail="run:N", color=_color(drawing, colors, "stroke"), strokeDash=dash)
+    ]
 
 
-def _areas(target: str, cache: Cache, chosen: Flags, window: Window) -> tuple[str, list[alt.Chart]]:
+def _areas(drawing: Drawing, target: str, cache: Cache, sampled: Flags) -> tuple[str, list[alt.Chart]]:
     """What a KV cache is used for, one part upon the other."""
-    parts = {part: counts[chosen] for part, counts in _parts(cache).items()}
-    allocated = cache.counts["allocated"][chosen]
-    steps = _steps(cache.time_ns[chosen], [allocated, *parts.values()], window)
+    words = drawing.frame.words
+    parts = {part: counts[sampled] for part, counts in _parts(cache).items()}
+    allocated = cache.counts["allocated"][sampled]
+    steps = _steps(cache.time_ns[sampled], [allocated, *parts.values()], drawing.window, drawing.points)
     size = cache.token_bytes or 1
-    scale, unit = _unit(allocated.max() * size) if cache.token_bytes else (1, cache.unit)
+    scale, unit = unit_of(allocated.max() * size) if cache.token_bytes else (1, cache.unit)
     below = np.zeros(len(steps.at))
-    rows, used = [], []
+    rows, used = [], {}
     for part, counts in parts.items():
         above = below + counts[steps.at] * size / scale
         if (above > below).any() or part in ("live", "in use"):
-            used.append(part)
+            name = words(f"part.{part}")
+            used[name] = PARTS[part]
             edges = zip(steps.seconds, steps.run, below.tolist(), above.tolist(), strict=True)
-            rows += [{"name": part, "run": n, "seconds": at, "from": low, "to": high} for at, n, low, high in edges]
+            rows += [{"name": name, "run": n, "seconds": at, "from": low, "to": high} for at, n, low, high in edges]
         below = above
-    area = alt.Chart(alt.Data(values=rows)).mark_area(interpolate="step-after", opacity=0.9)
-    y = alt.Y("from:Q", title=unit, axis=alt.Axis(tickCount=4))
-    colors = [PARTS[part] for part in used]
-    most = cache.counts["capacity"][chosen].max() * size
-    held, (all_scale, all_unit) = "bytes" if cache.token_bytes else cache.unit, _unit(most)
-    room = f"{most / all_scale:,.1f} {all_unit}" if cache.token_bytes else f"{most:,.0f} {cache.unit}"
-    title = f"KV cache of {NAMES[target]}: what its allocated {held} hold (it may allocate {room})"
-    areas = area.encode(x="seconds:Q", y=y, y2="to:Q", detail="run:N", color=_color(used, colors, "square"))
-    return title, [areas, *_gaps(steps)]
+    area = table(rows).mark_area(interpolate="step-after", opacity=0.9)
+    y = alt.Y("from:Q", title=words.named("unit", unit), axis=alt.Axis(tickCount=4))
+    room = amount(words, cache.counts["capacity"][sampled].max() * size, "bytes" if cache.token_bytes else cache.unit)
+    key = "layer.kv" if drawing.name == "memory" else "layer.kv_short"
+    title = words(key, target=drawing.frame.name(target), room=room)
+    areas = area.encode(x="seconds:Q", y=y, y2="to:Q", detail="run:N", color=_color(drawing, used, "square"))
+    return title, [areas, *_gaps(drawing, steps)]
 
 
-def _gaps(steps: Steps) -> Iterator[alt.Chart]:
+def amount(words: Words, value: float, unit: str) -> str:
+    """Bytes in the largest unit of which there is at least one, or a count of tokens or blocks."""
+    if unit != "bytes":
+        return f"{value:,.0f} {words.named('unit', unit)}"
+    scale, name = unit_of(max(value, 2**10))
+    return f"{value / scale:,.1f} {name}"
+
+
+def _gaps(drawing: Drawing, steps: Steps) -> Iterator[alt.Chart]:
     """Mark where nothing was sampled, which an area of nothing would look like."""
     neighbours = zip(pairwise(steps.seconds), pairwise(steps.run), strict=True)
     rows = [{"gap": since, "until": until} for (since, until), (one, next_) in neighbours if one != next_]
-    if rows:
-        gaps = alt.Chart(alt.Data(values=[row | {"text": "no samples"} for row in rows]))
-        yield gaps.mark_rule(color=INK, strokeDash=[2, 3], y=HEIGHT / 2).encode(x="gap:Q", x2="until:Q")
-        middle = gaps.transform_calculate(middle="(datum.gap + datum.until) / 2")
-        yield middle.mark_text(y=HEIGHT / 2 - 8, fontSize=10, color=INK).encode(x="middle:Q", text="text:N")
+    if not rows:
+        return
+    yield table(rows).mark_rule(color=INK, strokeDash=[2, 3], y=HEIGHT / 2).encode(x="gap:Q", x2="until:Q")
+    # Where there is room for it, in words.
+    text = drawing.frame.words("no_samples")
+    second = drawing.width / ((drawing.window[1] - drawing.window[0]) / 1e9)
+    middles = [
+        (row["gap"] + row["until"]) / 2 for row in rows if (row["until"] - row["gap"]) * second > room_for([text])
+    ]
+    if middles:
+        words = table([{"middle": middle, "text": text} for middle in middles])
+        yield words.mark_text(y=HEIGHT / 2 - 8, fontSize=10, color=INK).encode(x="middle:Q", text="text:N")
 
 
 def _parts(cache: Cache) -> dict[str, Floats]:
@@ -180,13 +241,12 @@ def _parts(cache: Cache) -> dict[str, Floats]:
     return {"live": cache.counts["live_low"], "live or unused": unknown} | sure
 
 
-def _color(names: Sequence[str], colors: Sequence[str], symbol: str) -> alt.Color:
-    legend = alt.Legend(
-        orient="top", offset=20, columnPadding=24, symbolType=symbol, symbolStrokeWidth=3, symbolOpacity=1
-    )
-    return alt.Color("name:N", title=None, scale=alt.Scale(domain=list(names), range=list(colors)), legend=legend)
+def _color(drawing: Drawing, colors: Mapping[str, str], symbol: str) -> alt.Color:
+    scale = alt.Scale(domain=list(colors), range=list(colors.values()))
+    legend = legend_on_top(offset=18, symbolType=symbol, columns=columns(colors, drawing.width))
+    return alt.Color("name:N", title=None, scale=scale, legend=legend)
 
 
-def _unit(most: float) -> tuple[int, str]:
+def unit_of(most: float) -> tuple[int, str]:
     """The largest unit of which there is at least one."""
     return next(((scale, unit) for scale, unit in UNITS if most >= scale), UNITS[-1])

@@ -3,19 +3,21 @@
 import html
 import json
 import re
-import shlex
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
+import yaml
 
 from experiment import memory, report
 from experiment.analysis import analyse
 from experiment.live import caches
-from experiment.report import charts, layers
+from experiment.plan import Plan
+from experiment.report import formats, layers, look
+from experiment.report.words import Words
 from experiment.results import load
-from experiment.settings import read_plan
 from monitor.timeline import Series
 from tests.unit.experiment.folders import (
     change_json,
@@ -29,11 +31,20 @@ from tests.unit.experiment.folders import (
     write_kv,
     write_timeline,
 )
+from tests.unit.experiment.test_analysis import LADDER, make, requests
 
 
-def page(folder: Path) -> str:
+def page(folder: Path, language: str = "en") -> str:
+    """What a reader of a language sees."""
     report.write(folder)
-    return (folder / "report.html").read_text(encoding="utf-8")
+    text = (folder / "report.html").read_text(encoding="utf-8")
+    return text[text.index(f'<main lang="{language}">') :].split("</main>")[0]
+
+
+def layer_chart(folder: Path) -> str:
+    results = load(folder)
+    summary = analyse(results)
+    return layers.draw(report.frame_of(summary, "en"), results.memory, summary)["memory"]
 
 
 def make_small(folder: Path, state: str = "complete") -> Path:
@@ -43,19 +54,23 @@ def make_small(folder: Path, state: str = "complete") -> Path:
 def test_a_page_shows_the_headline_and_nothing_is_loaded_from_outside(tmp_path: Path) -> None:
     series = {Series("host_pss_bytes", server=name): [2.0**30, 2.0**31] for name in ("hf", "vllm")}
     write_timeline(tmp_path / "timeline" / "1.arrow", timeline(series, step_ns=1000 * 10**9))
-    text = page(make_folder(tmp_path))
-    assert "At concurrency 2 vLLM made 2.00 times" in text
-    assert "Partial." not in text
-    assert "Not valid." not in text
-    assert text.count("<figure") == 5  # throughput, TTFT, TPOT, E2E and memory
+    page(make_folder(tmp_path))
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    english, chinese = text.split('<main lang="zh">')
+    assert "At concurrency 2 vLLM made 2.00 times" in english
+    assert "并发 2 时" in chinese
+    assert "Partial." not in english
+    assert "Not valid." not in english
+    # What carries the verdict, latencies and their distributions, throughput against latency, memory, and the sketch.
+    assert english.count("<figure") == chinese.count("<figure") == 2 + 3 + 3 + 1 + 1 + 1
     outside = [link for link in re.findall(r"\w*://[^\s\"'<>]*", text) if not link.startswith("http://www.w3.org/")]
     assert outside == []
 
 
 def row(text: str, server: str) -> list[str]:
     """Cells of the server's row in the table of KV caches."""
-    table = text[text.index("KV cache at its load") :]
-    found = re.search(rf'<tr><td class="n">\d+</td><td class="{server}">.*?</tr>', table, re.DOTALL)
+    table = text[text.rindex("KV cache at its load</h2>") :]
+    found = re.search(rf'<tr><td class="l">[^<]*</td><td><span [^>]*>{server}</span>.*?</tr>', table, re.DOTALL)
     assert found is not None
     return [re.sub(r"<[^>]*>", " ", cell).strip() for cell in re.findall(r"<td.*?>(.*?)</td>", found[0], re.DOTALL)]
 
@@ -65,8 +80,8 @@ def test_the_table_of_kv_caches_shows_live_and_waste_and_where_live_comes_from(t
     folder = make_small(tmp_path)
     write_kv(folder)
     text = page(folder)
-    hf, vllm = row(text, "hf"), row(text, "vllm")
-    assert hf[:4] == ["1", "HF", "400.0 KiB", "40.0 KiB  peak 40.0 KiB"]
+    hf, vllm = row(text, "HF"), row(text, "vLLM")
+    assert hf[:4] == ["1 in flight", "HF", "400.0 KiB", "40.0 KiB  peak 40.0 KiB"]
     assert hf[4:9] == ["60.0", "30.0", "10.0", "0.0", "0.0"]
     # A prompt of 7 and up to four tokens in a block of 16.
     low, high = (float(end) for end in vllm[4].split(" to "))
@@ -85,8 +100,8 @@ def test_what_is_not_known_of_a_cache_is_said(tmp_path: Path) -> None:
     several = paged_row(sent["vllm"], unit="blocks", capacity=100, allocated=7, bytes_per_token=None)
     write_timeline(folder / "kv" / "vllm.arrow", kv_table(several))
     text = page(folder)
-    assert row(text, "hf")[2:4] == ["100 tokens", "10 tokens  peak 10 tokens"]
-    assert row(text, "vllm")[2:9] == ["100 blocks", "7 blocks  peak 7 blocks", "-", "-", "-", "-", "-"]
+    assert row(text, "HF")[2:4] == ["100 tokens", "10 tokens  peak 10 tokens"]
+    assert row(text, "vLLM")[2:9] == ["100 blocks", "7 blocks  peak 7 blocks", "-", "-", "-", "-", "-"]
     assert "how many tokens are live in them is not known" in text
     assert "in tokens, because the bytes of one are not known" in text
 
@@ -98,9 +113,9 @@ def test_samples_that_do_not_add_up_and_those_missed_are_counted_in_the_table(tm
     rows = [kv_row(sent), kv_row(sent + 10, live=7), kv_row(sent + 20, skipped=4)]
     write_timeline(folder / "kv" / "hf.arrow", kv_table(*rows))
     text = page(folder)
-    assert row(text, "hf")[-1].split() == ["3", "4", "missed", "1", "wrong"]
+    assert row(text, "HF")[-1].split() == ["3", "4", "missed", "1", "wrong"]
     assert '<span class="bad">1 wrong</span>' in text
-    assert row(text, "vllm") == ["1", "vLLM", "no samples"]
+    assert row(text, "vLLM") == ["1 in flight", "vLLM", "no samples"]
 
 
 def test_every_layer_has_a_panel_and_the_cells_are_marked(tmp_path: Path) -> None:
@@ -115,15 +130,14 @@ def test_every_layer_has_a_panel_and_the_cells_are_marked(tmp_path: Path) -> Non
     write_kv(folder)
     sampled = [kv_row(1001 * 10**9, torch_allocated_bytes=5 * 2**20, torch_reserved_bytes=6 * 2**20)]
     write_timeline(folder / "kv" / "hf.arrow", kv_table(*sampled))
-    results = load(folder)
-    chart = layers.draw(results.memory, analyse(results))["memory"]
-    titles = [*layers.TITLES.values(), "KV cache of HF", "KV cache of vLLM"]
+    chart = layer_chart(folder)
+    titles = ["Device: ", "Process: GPU", "Process: host", "Allocator: ", "KV cache of HF", "KV cache of vLLM"]
     places = [chart.index(title) for title in titles]
     assert places == sorted(places)
     for word in ("unattributed", "live or unused", "fragmentation", "padding", "seconds since the first cell began"):
         assert word in chart
     assert "finished" not in chart  # there were none
-    assert all(color in chart for color in charts.COLORS.values())
+    assert all(color in chart for color in look.COLORS[:2])
 
 
 def drawn(time_ns: list[int], *columns: list[float]) -> list[tuple[float, int, list[float]]]:
@@ -151,8 +165,10 @@ def test_a_spike_of_any_part_of_a_kv_cache_is_drawn_while_what_is_allocated_stay
     for number, (part, size) in enumerate(spikes.items()):
         rows[1000 * number + 777] |= {part: size, "live": 100 - size}
     cache = caches({"hf": kv_table(*rows)}, {})["hf"]
-    _, (areas, *_) = layers._areas("hf", cache, np.full(6000, True), (0, 60 * 10**9))
-    points = areas.data.values
+    frame = look.Frame(Words("en"), ["hf"], True)
+    drawing = layers.Drawing(frame, (0, 60 * 10**9), "memory", 1)
+    _, (areas, *_) = layers._areas(drawing, "hf", cache, np.full(6000, True))
+    points = json.loads(areas.data["values"])
     drawn = {part: max(row["to"] - row["from"] for row in points if row["name"] == part) for part in spikes}
     assert drawn == pytest.approx({part: size * 4096 / 2**10 for part, size in spikes.items()})
     assert len(points) < 1.1 * memory.MAX_POINTS * len({row["name"] for row in points})
@@ -175,9 +191,8 @@ def test_a_server_that_was_gone_for_a_while_has_a_gap_in_every_layer(tmp_path: P
         pieces = [timeline(series).set_column(0, "time_ns", pa.array([at])) for at in times]
         write_timeline(folder / "timeline" / "1.arrow", pa.concat_tables(pieces))
         write_timeline(folder / "kv" / "hf.arrow", kv_table(*(kv_row(at) for at in times)))
-        results = load(folder)
-        chart = layers.draw(results.memory, analyse(results))["memory"]
-        return [len(re.findall(rf'aria-roledescription="{kind} mark"', chart)) for kind in ("line", "area")]
+        chart = layer_chart(folder)
+        return [len(re.findall(rf'class="mark-{kind} [^>]*><path', chart)) for kind in ("line", "area")]
 
     whole, gap = marks(gone=False), marks(gone=True)
     assert whole[0] == 1
@@ -188,7 +203,8 @@ def test_without_a_sample_in_the_time_of_the_cells_there_is_no_chart(tmp_path: P
     folder = make_small(tmp_path)
     write_timeline(folder / "timeline" / "1.arrow", timeline({Series("host_pss_bytes", server="hf"): [1.0]}))
     results = load(folder)
-    assert layers.draw(results.memory, analyse(results)) == {}
+    summary = analyse(results)
+    assert layers.draw(report.frame_of(summary, "en"), results.memory, summary) == {}
 
 
 @pytest.mark.parametrize(
@@ -202,7 +218,7 @@ def test_without_a_sample_in_the_time_of_the_cells_there_is_no_chart(tmp_path: P
     ],
 )
 def test_amounts_are_in_the_largest_unit_that_fits(value: float, unit: str, text: str) -> None:
-    assert report._amount(value, unit) == text
+    assert layers.amount(Words("en"), value, unit) == text
 
 
 @pytest.mark.parametrize(
@@ -210,7 +226,7 @@ def test_amounts_are_in_the_largest_unit_that_fits(value: float, unit: str, text
     [((0.5, 0.5), "50.0"), ((0.25, 0.5), "25.0 to 50.0"), ((0.5, 0.50001), "50.0"), ((None, None), "-")],
 )
 def test_a_share_is_one_figure_where_its_bounds_are_the_same(ends: tuple[float, float], text: str) -> None:
-    assert report._share(ends) == text
+    assert formats.share(ends, Words("en")) == text
 
 
 @pytest.mark.usefixtures("no_charts")
@@ -219,6 +235,7 @@ def test_html_in_a_reason_is_shown_and_not_run(tmp_path: Path) -> None:
     change_json(folder / "status.json", reason="<script>alert('x')</script>")
     text = page(folder)
     assert "<script" not in text
+    assert "<script" not in page(folder, "zh")
     assert "&lt;script&gt;" in text
     assert "<strong>Partial.</strong>" in text
 
@@ -226,8 +243,8 @@ def test_html_in_a_reason_is_shown_and_not_run(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("no_charts")
 def test_html_in_the_name_of_a_model_is_shown_and_not_run(tmp_path: Path) -> None:
     folder = make_small(tmp_path)
-    change_json(folder / "plan.json", model="<b>model</b>")
-    assert "<b>" not in page(folder)
+    change_json(folder / "plan.json", model="<em>model</em>")
+    assert "<em>" not in page(folder)
 
 
 @pytest.mark.usefixtures("no_charts")
@@ -238,20 +255,75 @@ def test_a_broken_rule_has_a_banner(tmp_path: Path) -> None:
     assert '<div class="banner"><strong>Not valid.</strong>' in text
     assert '<span class="bad">invalid</span>' in text
     assert ">faster</span>" not in text
+    assert "计划中的每个测试单元都已运行" in page(folder, "zh")
 
 
 @pytest.mark.usefixtures("no_charts")
 def test_samples_that_are_missing_are_said_to_be(tmp_path: Path) -> None:
     text = page(make_small(tmp_path))
     assert "There are no memory samples." in text
-    assert row(text, "hf") == ["1", "HF", "no samples"]
+    assert row(text, "HF") == ["1 in flight", "HF", "no samples"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"levels": [1, 4, 16], "model": "some/model", "max_model_len": 512, "sigma": 0.25},
+        {"hf_args": "--one 'a b'", "vllm_args": "-- --enforce-eager"},
+        {"out": "a folder/with $HOME & <b>"},
+        {"arrival": "poisson", "levels": [0.5, 2], "limits": {"ttft_seconds": 0.2}},
+    ],
+)
+@pytest.mark.usefixtures("no_charts")
+def test_the_plan_on_a_page_is_that_of_its_run(tmp_path: Path, options: dict[str, Any]) -> None:
+    plan = make_plan(repeats=1, **options)
+    shown = re.search(r'<pre class="plan">(.*?)</pre>', page(make_folder(tmp_path, plan)), re.DOTALL)
+    assert shown is not None
+    assert Plan(**yaml.safe_load(html.unescape(shown[1]))) == plan
 
 
 @pytest.mark.usefixtures("no_charts")
-def test_the_page_shows_the_command_that_repeats_its_run(tmp_path: Path) -> None:
-    plan = make_plan(concurrency=[1], repeats=1, vllm_args="-- --enforce-eager 'a<b'")
-    shown = re.search(r"<pre>(.*?)</pre>", page(make_folder(tmp_path / "a folder", plan)), re.DOTALL)
-    assert shown is not None
-    name, command, *arguments = shlex.split(html.unescape(shown[1]))
-    assert (name, command) == ("headroom", "compare")
-    assert read_plan(arguments) == plan
+def test_a_page_has_as_many_columns_as_targets_and_compares_each_with_the_first(tmp_path: Path) -> None:
+    cells = [(one["name"], 1.0, repeat, False, requests(0.1)) for one in LADDER for repeat in (1, 2)]
+    text = page(make(tmp_path, cells, targets=LADDER, repeats=2, workload="alpaca"))
+    table = text[text.rindex("All figures by level</h2>") :].split("</table>")[0]
+    assert re.findall(r"<th class=\"n\"><span [^>]*>(\w+)</span>", table) == ["one", "batch", "paged", "vLLM"]
+    throughput = table[table.index("output throughput") :].split("</tr>")[0]
+    assert throughput.count(", 1.00 to 1.00<") == 3
+    assert "compare with one" in text
+    ladder = text[text.rindex("The ladder: what each step brings</h2>") :]
+    assert "continuous batching and paging" in ladder
+
+
+@pytest.mark.usefixtures("no_charts")
+def test_a_search_for_the_saturation_is_told_with_its_limits(tmp_path: Path) -> None:
+    cells = [("one", 1.0, 1, False, requests(0.1)), ("one", 2.0, 1, True, requests(0.9))]
+    text = page(make(tmp_path, cells, workload="alpaca"))
+    assert "Limits for goodput: TTFT at most 0.5 s, E2E at most 1.5 s." in text
+    assert "one met them at no rate that was tried" in text
+    assert "Where each server saturates</h2>" in text
+    assert "响应时间，从计划发送时刻算起" in page(tmp_path, "zh")  # noqa: RUF001
+
+
+def test_a_page_of_many_requests_is_no_larger_than_three_megabytes(tmp_path: Path) -> None:
+    """Five targets, each sampled 100 times a second while it ran, and as many points of each chart as there can be."""
+    targets = [{"name": name, "kind": "hf"} for name in ("hf", "a", "b", "c")] + [{"name": "vllm", "kind": "vllm"}]
+    folder = make_folder(tmp_path, make_plan(targets=targets, levels=[1, 2, 4], repeats=1), speed=lambda _: 20.0)
+    cells = load(folder).cells
+    begin, end = min(cell.start_ns for cell in cells), max(cell.end_ns for cell in cells)
+    random = np.random.default_rng(1)
+    series = {
+        Series("host_pss_bytes", server=one["name"]): random.uniform(2**30, 2**31, 3000).tolist() for one in targets
+    }
+    write_timeline(folder / "timeline" / "1.arrow", timeline(series, step_ns=end // 3000))
+    for one in targets:
+        parts = random.integers(1, 100, (3000, 5)).tolist()
+        rows = [
+            kv_row(begin + (end - begin) * at // 3000, live=live, reserved=reserved, padding=padding, finished=finished,
+                   fragmentation=rest, allocated=live + reserved + padding + finished + rest)
+            for at, (live, reserved, padding, finished, rest) in enumerate(parts)
+        ]  # fmt: skip
+        write_timeline(folder / "kv" / f"{one['name']}.arrow", kv_table(*rows))
+    report.write(folder)
+    assert 500_000 < (folder / "report.html").stat().st_size < 3_000_000
