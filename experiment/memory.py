@@ -56,10 +56,13 @@ class Memory:
         """
         found: JSON = {}
         for one in self.series:
-            values = one.values[inside(one.time_ns, windows)]
-            if one.owner in (target, "") and len(values):
+            chosen = inside(one.time_ns, windows)
+            if one.owner in (target, "") and chosen.any():
                 name = f"GPU {one.gpu} {one.name}" if one.gpu else one.name
-                found.setdefault(one.layer, {})[name] = _mean_and_max(values)
+                found.setdefault(one.layer, {})[name] = {
+                    "mean": float(np.average(one.values[chosen], weights=lasting(one.time_ns)[chosen])),
+                    "max": float(one.values[chosen].max()),
+                }
         if target in self.caches and (kv := cache_figures(self.caches[target], windows)):
             found["kv"] = kv
         return found
@@ -159,15 +162,33 @@ def _series(timeline: pa.Table, metric: str, layer: Layer, name: str) -> Iterato
         yield Series(layer, owner["server"], owner["gpu"], name, own["time_ns"].to_numpy(), own["value"].to_numpy())
 
 
+def lasting(time_ns: Moments) -> Floats:
+    """How long each sample holds, until the next or a gap: some series are sampled more often while they change."""
+    if len(time_ns) < 2:
+        return np.ones(len(time_ns))
+    each_ns = np.minimum(np.diff(time_ns), GAP_NS).astype(np.float64)
+    held: Floats = np.maximum(np.append(each_ns, np.median(each_ns)), 1.0)
+    return held
+
+
 def runs(time_ns: Moments, gap_ns: int = GAP_NS) -> Moments:
     """The number of the run without a gap that each sample belongs to, from 0; times ascend."""
     return np.cumsum(np.diff(time_ns, prepend=time_ns[:1]) > gap_ns, dtype=np.int64)
 
 
-def thin(values: Floats, points: int = MAX_POINTS) -> NDArray[np.int64]:
-    """Positions of at most `points` values, ascending: the largest and the smallest of each stretch."""
+def thin(time_ns: Moments, values: Floats, points: int = MAX_POINTS) -> NDArray[np.int64]:
+    """Positions of at most `points` values (three at least), ascending: of each stretch of time its extremes and end.
+
+    Stretches are of equal time, as samples are not: what is shown from one sample to the next is never wrong for longer
+    than a stretch.
+    """
     if len(values) <= points:
         return np.arange(len(values))
-    stretches = np.array_split(np.arange(len(values)), max(1, points // 2))
-    kept = [at[int(find(values[at]))] for at in stretches for find in (np.argmax, np.argmin)]
-    return np.unique(kept)
+    since_ns = time_ns - time_ns[0]
+    stretch = since_ns * max(1, points // 3) // (since_ns[-1] + 1)
+    ends = np.flatnonzero(np.diff(stretch, append=stretch[-1] + 1)) + 1
+    kept = [ends - 1]
+    for begin, end in zip(np.append(0, ends[:-1]), ends, strict=True):
+        part = values[begin:end]
+        kept.append(begin + np.array([np.argmax(part), np.argmin(part)]))
+    return np.unique(np.concatenate(kept))

@@ -128,7 +128,7 @@ def _steps(time_ns: Moments, columns: Sequence[Floats], window: Window, points: 
     run = runs(time_ns, max(GAP_NS, (window[1] - window[0]) * 4 // points))
     last = np.flatnonzero(np.diff(run, append=run[-1] + 1))
     first = np.append(0, last[:-1] + 1)
-    extremes = [thin(values, max(2, points // len(columns))) for values in columns]
+    extremes = [thin(time_ns, values, max(3, points // len(columns))) for values in columns]
     at = np.sort(np.concatenate([np.unique(np.concatenate([first, last, *extremes])), last]))
     period_ns = min(GAP_NS, int(np.median(np.diff(time_ns)))) if len(time_ns) > 1 else GAP_NS
     again = np.append(False, at[1:] == at[:-1])

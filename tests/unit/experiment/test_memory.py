@@ -147,23 +147,47 @@ def test_a_silence_of_more_than_three_seconds_begins_another_run() -> None:
     assert memory.runs((seconds * SECOND).astype(np.int64)).tolist() == [0, 0, 0, 0, 0, 1, 1]
 
 
-@given(st.lists(st.floats(-1e9, 1e9), min_size=1, max_size=400), st.integers(2, 50))
-def test_thinning_keeps_order_and_the_largest_and_smallest_of_all(values: list[float], points: int) -> None:
-    array = np.array(values)
-    kept = memory.thin(array, points)
-    assert 0 < len(kept) <= max(2, points)
+@given(st.lists(st.tuples(st.integers(1, 1000), st.floats(-1e9, 1e9)), min_size=1, max_size=400), st.integers(3, 50))
+def test_thinning_keeps_order_and_extremes_and_shows_nothing_wrong_for_longer_than_a_stretch(
+    samples: list[tuple[int, float]], points: int
+) -> None:
+    times, array = np.cumsum([step for step, _ in samples]), np.array([value for _, value in samples])
+    kept = memory.thin(times, array, points)
+    assert 0 < len(kept) <= max(3, points)
     assert kept.tolist() == sorted(set(kept.tolist()))
-    assert array[kept].max() == array.max()
-    assert array[kept].min() == array.min()
+    assert (array[kept].max(), array[kept].min()) == (array.max(), array.min())
+    stretch_ns = (times[-1] - times[0] + 1) / max(1, points // 3)
+    for number, at in enumerate(kept.tolist()):
+        until = kept[number + 1] if number + 1 < len(kept) else len(times)
+        left_out = np.flatnonzero(array[at:until] != array[at])
+        assert not len(left_out) or times[until - 1] - times[at + left_out[0]] <= stretch_ns
+
+
+def test_what_ends_before_samples_become_seldom_is_not_shown_until_they_are_frequent_again() -> None:
+    times = np.concatenate([np.arange(0, 3_000), np.arange(3_000, 300_000, 1_000), np.arange(300_000, 303_000)])
+    values = np.zeros(len(times))
+    values[2_900:2_990] = 5.0
+    kept = memory.thin(times, values)
+    shown_ns = np.diff(times[kept], append=times[-1])
+    assert shown_ns[values[kept] > 0].sum() < 1_500
 
 
 def test_a_spike_of_one_sample_in_each_direction_is_kept() -> None:
     values = np.full(100_000, 5.0)
     values[54_321], values[54_322] = 99.0, 1.0
-    kept = memory.thin(values)
+    kept = memory.thin(np.arange(100_000), values)
     assert len(kept) <= memory.MAX_POINTS
     assert {54_321, 54_322} <= set(kept.tolist())
 
 
 def test_a_series_that_fits_is_kept_as_it_is() -> None:
-    assert memory.thin(np.arange(memory.MAX_POINTS, dtype=np.float64)).tolist() == list(range(memory.MAX_POINTS))
+    values = np.arange(memory.MAX_POINTS, dtype=np.float64)
+    assert memory.thin(np.arange(memory.MAX_POINTS), values).tolist() == list(range(memory.MAX_POINTS))
+
+
+def test_the_mean_of_what_is_sampled_more_often_while_it_changes_is_over_time() -> None:
+    times = np.array([0, 1000, 1010, 1020, 2000, 3000]) * 1_000_000
+    values = np.array([1.0, 1.0, 50.0, 1.0, 1.0, 1.0])
+    of_hf = Memory([Series("process", "hf", "0", "held", times, values)], {})
+    mean = of_hf.figures("hf", [(0, 4 * SECOND)])["process"]["GPU 0 held"]["mean"]
+    assert mean == pytest.approx(1 + 49 * 0.01 / 4, rel=0.01)
