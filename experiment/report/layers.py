@@ -123,13 +123,17 @@ class Steps:
 
 
 def _steps(time_ns: Moments, columns: Sequence[Floats], window: Window, points: int = MAX_POINTS) -> Steps:
-    """Choose so few samples that they can be drawn; the extremes of each column are among them."""
+    """Choose so few samples that they can be drawn: most by the first column, and the extremes of all others."""
     # A shorter gap could not be seen, and each run costs a group of marks.
     run = runs(time_ns, max(GAP_NS, (window[1] - window[0]) * 4 // points))
     last = np.flatnonzero(np.diff(run, append=run[-1] + 1))
     first = np.append(0, last[:-1] + 1)
-    extremes = [thin(time_ns, values, max(3, points // len(columns))) for values in columns]
-    at = np.sort(np.concatenate([np.unique(np.concatenate([first, last, *extremes])), last]))
+    coarse = max(3, points // 2 // max(1, len(columns) - 1))
+    extremes = np.concatenate([last, *(thin(time_ns, values, coarse) for values in columns[1:])])
+    # An extreme is not shown for longer than it lasted.
+    after = np.minimum(extremes + 1, len(time_ns) - 1)
+    shown = np.unique(np.concatenate([first, last, thin(time_ns, columns[0], points), extremes, after]))
+    at = np.sort(np.concatenate([shown, last]))
     period_ns = min(GAP_NS, int(np.median(np.diff(time_ns)))) if len(time_ns) > 1 else GAP_NS
     again = np.append(False, at[1:] == at[:-1])
     shown_ns = np.minimum(time_ns[at] + period_ns * again, window[1]) - window[0]
