@@ -65,7 +65,9 @@ def test_a_run_leaves_a_report_that_agrees_with_its_records(compare: Callable[..
 def test_a_killed_server_ends_the_run_with_its_name_and_a_partial_report(
     compare: Callable[..., Compare], victim: str, words: tuple[str, ...], message: str
 ) -> None:
-    run = compare(output_mean=150, min_requests=60)
+    # The victim's cell is the first.
+    targets = sorted(({"name": name, "kind": name} for name in ("hf", "vllm")), key=lambda one: one["name"] != victim)
+    run = compare(output_mean=150, min_requests=60, targets=targets)
     run.wait_for_records(victim)
     run.find(*words).kill()
     code, output = run.finish(90)
