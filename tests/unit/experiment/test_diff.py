@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
@@ -41,7 +41,6 @@ def show(*arguments: object, capsys: pytest.CaptureFixture[str]) -> str:
 
 
 @given(values, values)
-@settings(deadline=None)
 def test_an_unpaired_interval_is_that_of_welch(first: list[float], second: list[float]) -> None:
     from scipy.stats import ttest_ind
 

@@ -208,7 +208,7 @@ def play(draw: random.Random, block: int, preempt: bool) -> tuple[list[dict[str,
     return rows, truth, records
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(0, 10**9), st.sampled_from([1, 4, 16, 64]), st.booleans())
 def test_what_a_played_server_really_holds_is_within_the_bounds(seed: int, block: int, preempt: bool) -> None:
     rows, truth, records = play(random.Random(seed), block, preempt)

@@ -131,7 +131,6 @@ def test_pairs_and_different_work_are_those_of_dictionaries(first: list[Record],
     assert stats.different_work(a, b) == sorted(different)
 
 
-@settings(deadline=None)
 @given(some(), st.lists(st.tuples(st.integers(0, 2 * TIME), st.integers(0, 50)), max_size=20), st.integers(1, 8))
 def test_what_a_client_saw_at_samples_is_that_of_each_record(
     rows: list[Record], samples: list[tuple[int, int]], most: int
@@ -153,7 +152,7 @@ def test_what_a_client_saw_at_samples_is_that_of_each_record(
         assert seen.oldest_ns[number] == min((row.sent_ns for row in flying), default=end)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(some(), st.integers(1, 5))
 def test_a_file_in_many_batches_reads_as_one(rows: list[Record], size: int) -> None:
     def read(path: Path) -> Requests:

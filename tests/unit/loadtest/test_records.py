@@ -72,7 +72,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("records")
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.lists(RECORDS, max_size=2), max_size=3))
 def test_what_was_written_is_read_back(folder: Path, batches: list[list[Record]]) -> None:
     path = write(folder / "records.arrow", *batches)

@@ -283,7 +283,7 @@ def test_the_ledger_is_what_the_tensors_hold_at_every_step(
         kept = Held(reserved=4 * CONTEXT if compiled else 0)
 
         @seed(1)
-        @settings(max_examples=25, deadline=None, **ONCE)
+        @settings(max_examples=25, **ONCE)
         @given(plan=st.lists(asks, min_size=3, max_size=7))
         def check(plan: list[Ask]) -> None:
             with watched(engine) as watch:

@@ -103,7 +103,7 @@ def test_neighbouring_seeds_draw_independently() -> None:
     top_k=st.integers(0, 12),
     top_p=st.sampled_from([0.05, 0.3, 0.6, 0.9, 0.99, 1.0]),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_no_token_is_drawn_that_transformers_would_cut(
     scores: list[int], temperature: float, top_k: int, top_p: float
 ) -> None:

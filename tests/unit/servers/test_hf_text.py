@@ -45,7 +45,7 @@ def stops_for(draw: st.DrawFn, text: str) -> list[str]:
     return stops
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data(), TOKENS, TOKENS)
 def test_what_is_pushed_and_flushed_is_the_whole_text_up_to_the_first_stop(
     tokenizer: Any, data: st.DataObject, prompt: list[int], tokens: list[int]
@@ -59,7 +59,7 @@ def test_what_is_pushed_and_flushed_is_the_whole_text_up_to_the_first_stop(
     assert stream.stopped == stopped
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(TOKENS, TOKENS)
 def test_without_stops_nothing_is_held_back(tokenizer: Any, prompt: list[int], tokens: list[int]) -> None:
     stream = TextStream(tokenizer.backend_tokenizer, prompt)
@@ -110,7 +110,7 @@ def test_the_end_of_text_is_no_text(tokenizer: Any, spell: Any) -> None:
     assert push_all(stream, [*spell("a"), tokenizer.eos_token_id]) == ["a", "", ""]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\ufffd"), max_size=12))
 def test_characters_of_several_tokens_are_said_whole(text: str) -> None:
     # One token for each byte: the worst that a vocabulary can do.

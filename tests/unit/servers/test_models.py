@@ -128,13 +128,13 @@ def test_every_token_is_whole_ascii_text(tokenizer: Any) -> None:
     assert texts[tokenizer.eos_token_id] == models.END_OF_TEXT
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.integers(0, 2047), max_size=40))
 def test_a_text_is_the_sum_of_its_tokens(tokenizer: Any, tokens: list[int]) -> None:
     assert tokenizer.decode(tokens) == "".join(tokenizer.decode([token]) for token in tokens)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.text(st.characters(min_codepoint=32, max_codepoint=126) | st.sampled_from("\t\n\r"), max_size=60))
 def test_every_ascii_text_can_be_said(tokenizer: Any, text: str) -> None:
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text

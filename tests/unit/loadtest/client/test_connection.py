@@ -322,7 +322,7 @@ def test_events_carry_the_stamp_of_the_piece_that_completed_them() -> None:
     assert list(Exchange(0, answer=Read(pieces=pieces)).events()) == [(20, b"a"), (20, b"b"), (40, b"c")]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(st.integers(0, len(STREAM)), max_size=12), st.sampled_from([b"\n", b"\r\n"]))
 def test_events_are_the_same_however_the_stream_is_cut(places: list[int], ending: bytes) -> None:
     stream = STREAM.replace(b"\n", ending)

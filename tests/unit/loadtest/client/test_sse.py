@@ -29,7 +29,7 @@ def blocks(draw: st.DrawFn) -> tuple[list[str], list[str]]:
     return [kind + line for line in lines], ["\n".join(values)]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(blocks(), max_size=5), st.sampled_from(["\n", "\r\n", "\r"]))
 @example([(["data: €"], ["€"])], "\r\n")
 def test_a_stream_holds_its_blocks_whatever_ends_its_lines(
@@ -54,7 +54,7 @@ def test_an_event_ends_with_the_last_byte_of_its_empty_line(ending: str) -> None
         assert len(list(read_events(before_its_empty_line))) == number - 1
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     st.lists(st.sampled_from([b"data: a\n\n", b"data: \n\n", b"data: \xe2\x82\xac\n\n", STREAM.encode()])), st.data()
 )

@@ -191,14 +191,14 @@ JSON = st.recursive(
 )
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(JSON, max_size=4))
 def test_no_json_makes_the_reader_raise(chunks: list[Any]) -> None:
     out = read(*(json.dumps(chunk) for chunk in chunks), DONE)
     assert len(out.chunk_tokens) in (0, len(out.chunk_ns))
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=20), st.booleans())
 def test_the_tokens_of_the_chunks_add_up_to_the_output(sizes: list[int], from_usage: bool) -> None:
     events, total = [], 0

@@ -27,7 +27,7 @@ def histogram(path: Path, text: str, longest: int = LONGEST, skip: bool = False)
     return empirical(file, longest, skip, skipped), skipped
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     kind=st.sampled_from(list(DISTRIBUTIONS)),
     longest=st.integers(1, 4096),

@@ -64,7 +64,7 @@ def test_no_prompt_comes_twice_and_none_begins_like_another(workload: str) -> No
     assert max(prompts.values()) == 1
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(mean=st.floats(1, 4), sigma=st.floats(0, 3), seed=st.integers(0), start=st.integers(0, 10**9))
 def test_no_prompt_comes_twice_in_a_thousand_however_short_they_are(
     mean: float, sigma: float, seed: int, start: int
@@ -97,7 +97,7 @@ def test_mean_lengths_are_those_asked_for_though_lengths_are_cut_at_both_ends(me
     assert fmean(one.max_tokens for one in requests) == pytest.approx(mean, rel=0.03)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     max_context=st.integers(16, 4096),
     shares=st.tuples(st.floats(0, 0.999), st.floats(0, 0.999)),
@@ -211,7 +211,7 @@ def test_conversations_are_listed_by_their_first_turn_and_shared_out_whole() -> 
     assert sorted(turn.index for part in parts for turn in part) == list(range(40))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(turns=st.integers(1, 6), prefix=st.integers(0, 300), seed=st.integers(0))
 def test_a_whole_conversation_fits_into_the_context(turns: int, prefix: int, seed: int) -> None:
     options = Options(
