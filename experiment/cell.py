@@ -4,17 +4,18 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from experiment import requests, stats
 from experiment.environment import boot_id
 from experiment.idle import settle
-from experiment.plan import Cell, Limit, Plan, Target
+from experiment.plan import Cell, Plan, Target
+from experiment.requests import Requests
 from experiment.stack import Program, RunError, Stack, end, spawn
 from loadtest import records
-from loadtest.records import Record
 
 LOCUSTFILE = Path(records.__file__).with_name("locustfile.py")
 LOADTEST_STOP_SECONDS = 15
@@ -113,7 +114,7 @@ def _watch(bench: Bench, cell: Cell, loadtest: Program, written: Path, report: C
         report(_written(written))
         if code is None and cell.search and time.monotonic() - judged > JUDGE_SECONDS:
             judged = time.monotonic()
-            if written.exists() and is_lost(plan, cell, records.read(written)):
+            if written.exists() and is_lost(plan, cell, requests.load(written)):
                 return True
     if code:
         loadtest.check()
@@ -125,15 +126,9 @@ def _watch(bench: Bench, cell: Cell, loadtest: Program, written: Path, report: C
     return False
 
 
-def meets(record: Record, limits: Mapping[Limit, float]) -> bool:
-    """Whether a request met every limit; one that failed does not, and one of a single token has no TPOT to miss."""
-    values = [(getattr(record, name), limit) for name, limit in limits.items()]
-    return not record.error and all(value is None or value <= limit for value, limit in values)
-
-
-def is_lost(plan: Plan, cell: Cell, ended: Iterable[Record]) -> bool:
+def is_lost(plan: Plan, cell: Cell, ended: Requests) -> bool:
     """Whether so many measured requests missed a limit that a cell cannot reach the attainment any more."""
-    missed = sum(record.phase == "measured" and not meets(record, plan.limits) for record in ended)
+    missed = int((ended.measured & ~stats.meets(ended, plan.limits)).sum())
     planned = plan.measured(cell.level)
     return planned - missed < plan.attainment * planned
 

@@ -21,21 +21,27 @@ def settle(plan: Plan, stack: Stack) -> dict[str, Any]:
     time.sleep(plan.cooldown_seconds)
     started = time.monotonic()
     servers = {target.name: stack[target.name] for target in plan.targets if target.name in stack}
-    rows = {name: _wait_until_idle(program, stack) for name, program in servers.items()}
+    told = {target.name for target in plan.targets if target.kind != "url"}
+    rows = {name: _wait_until_idle(program, stack, name in told) for name, program in servers.items()}
     caches = {name: _prefix_cache(servers[name], row) for name, row in rows.items()}
     return {"waited_seconds": time.monotonic() - started, "prefix_cache": caches}
 
 
-def _wait_until_idle(program: Program | Remote, stack: Stack) -> kv.Row | None:
-    """The sample of a server that neither runs a request nor has one waiting; None where it does not say."""
+def _wait_until_idle(program: Program | Remote, stack: Stack, tells: bool) -> kv.Row | None:
+    """The sample of a server that neither runs a request nor has one waiting; None where it does not say.
+
+    One of ours or vLLM `tells`: no answer may mean that it is busy.
+    """
     deadline = time.monotonic() + IDLE_SECONDS
     while True:
         row = _sample(program)
         busy = int(row["running"] or 0) + int(row["waiting"] or 0) if row else 0
-        if not busy:
+        if not busy and (row or not tells):
             return row
         stack.check()
         if time.monotonic() > deadline:
+            if not row:
+                raise RunError(f"{program.name} did not tell in {program.url}/metrics whether it is idle")
             raise RunError(
                 f"{program.name} still has {busy} requests after {IDLE_SECONDS} s without load: "
                 "another client uses it, or it does not notice that a client has gone"

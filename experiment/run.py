@@ -13,13 +13,13 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
-from experiment.cell import Bench, meets, replace, run_cell, user_of, workload_options
+from experiment import requests, stats
+from experiment.cell import Bench, replace, run_cell, user_of, workload_options
 from experiment.kv import IDLE_NS, NEVER_NS, Sampling
 from experiment.model import token_of_vllm
 from experiment.plan import Cell, Plan, Target
 from experiment.saturation import Search
 from experiment.stack import Stack, get
-from loadtest import records
 
 SEARCH_CELLS = 12
 
@@ -111,8 +111,8 @@ def _search(plan: Plan, runner: Runner, index: int) -> None:
 
 def attained(plan: Plan, cell: Cell, folder: Path) -> float:
     """Share of a cell's measured requests, also of those never sent, that met every limit."""
-    kept = records.read(folder / "records.arrow")
-    return sum(r.phase == "measured" and meets(r, plan.limits) for r in kept) / plan.measured(cell.level)
+    kept = requests.load(folder / "records.arrow")
+    return float((kept.measured & stats.meets(kept, plan.limits)).sum() / plan.measured(cell.level))
 
 
 def is_complete(folder: Path) -> bool:

@@ -5,7 +5,7 @@ Aggregates and nothing else: what this returns is rendered elsewhere.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from scipy.special import stdtrit
@@ -132,7 +132,7 @@ def errors_by_kind(errors: Longs) -> dict[str, int]:
     return {ERRORS[kind]: count for kind, count in zip(kinds.tolist(), counts.tolist(), strict=True) if kind != UNKNOWN}
 
 
-def meets(requests: Requests, limits: Mapping[str, float]) -> Flags:
+def meets(requests: Requests, limits: Mapping[Any, float]) -> Flags:
     """Which requests met every limit; a failed one never does, nor one whose latency is not known.
 
     A request of one token has no time per output token after the first, so that it cannot be over that limit.

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from experiment import cell as run
-from experiment.plan import Plan, Target
+from experiment import requests
+from experiment.plan import Target
 from tests.unit.experiment.folders import SECOND, make_plan, make_record
 
 OPEN = make_plan(levels=[2], arrival="poisson", requests=100, limits={"ttft_seconds": 1}, attainment=0.9)
@@ -20,32 +21,13 @@ def test_a_target_is_sent_to_as_one_of_the_two_servers_that_the_load_test_knows(
     assert run.user_of(Target.model_validate({"name": "a", "kind": kind, "url": url})) == user
 
 
-@pytest.mark.parametrize(
-    ("changes", "met"),
-    [
-        ({}, True),
-        ({"sent_ns": -SECOND}, False),
-        ({"error": "reset"}, False),
-        ({"output_tokens": 1, "chunk_ns": [1], "chunk_tokens": [1]}, True),
-    ],
-    ids=["fast", "slow", "failed", "one token, which has no TPOT"],
-)
-def test_a_request_meets_the_limits_when_it_meets_each(changes: dict[str, object], met: bool) -> None:
-    record = make_record(**({"chunk_ns": [SECOND // 10, SECOND], "chunk_tokens": [2, 2]} | changes))
-    assert run.meets(record, {"ttft_seconds": 0.5, "tpot_seconds": 0.5}) == met
-
-
 @given(st.integers(0, 100), st.integers(0, 100))
 def test_a_cell_is_lost_once_the_rest_cannot_make_up_for_what_missed(missed: int, met: int) -> None:
     cell = OPEN.cell(1, "hf", 2, 1, search=True)
     stamps = {"chunk_ns": [SECOND // 10, SECOND], "chunk_tokens": [2, 2]}
     good, bad = make_record(**stamps), make_record(sent_ns=-SECOND, **stamps)
     warmup = [make_record(sent_ns=-SECOND, phase="warmup", **stamps)] * 50
-    assert run.is_lost(OPEN, cell, [*warmup, *[bad] * missed, *[good] * met]) == (missed > 10)
-
-
-def test_a_plan_without_limits_misses_none() -> None:
-    assert run.meets(make_record(), Plan().limits)
+    assert run.is_lost(OPEN, cell, requests.of([*warmup, *[bad] * missed, *[good] * met])) == (missed > 10)
 
 
 def test_options_become_flags_that_values_cannot_break_out_of() -> None:

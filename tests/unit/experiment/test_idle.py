@@ -56,9 +56,9 @@ class Server:
 def settled(tmp_path: Path) -> Iterator[Any]:
     servers: list[Server] = []
 
-    def run(server: Server, **options: Any) -> dict[str, Any]:
+    def run(server: Server, kind: str = "url", **options: Any) -> dict[str, Any]:
         servers.append(server)
-        target = {"name": "a", "kind": "url", "url": server.url}
+        target = {"name": "a", "kind": kind, "url": server.url}
         plan = make_plan(targets=[target], monitor_url=server.url, **options)
         stack = Stack(plan, tmp_path, lambda _: None)
         stack.start = None  # type: ignore[assignment, method-assign]
@@ -82,6 +82,14 @@ def test_a_server_that_stays_busy_ends_the_run(settled: Any, monkeypatch: pytest
     monkeypatch.setattr(idle, "IDLE_SECONDS", 0.1)
     with pytest.raises(RunError, match=r"a still has \d+ requests after"):
         settled(Server(running=10**6))
+
+
+def test_a_server_of_ours_that_does_not_answer_is_not_taken_for_idle(
+    settled: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(idle, "IDLE_SECONDS", 0.1)
+    with pytest.raises(RunError, match=r"did not tell in .*/metrics whether it is idle"):
+        settled(Server(metrics=False), kind="vllm")
 
 
 @pytest.mark.parametrize(
