@@ -20,9 +20,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from experiment import kv
 from experiment.environment import describe
-from experiment.plan import Plan
+from experiment.plan.plan import Plan
+from experiment.run import kv
 from loadtest.records import SCHEMA, RecordFile
 
 JSON = dict[str, Any]

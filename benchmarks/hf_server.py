@@ -24,7 +24,7 @@ import transformers
 
 from benchmarks import serving
 from benchmarks.serving import JSON, RUNGS, Bare, Request, Servers, closed_loop, read
-from experiment.stack import RunError
+from experiment.run.stack import RunError
 from servers.hf.kv import bytes_per_token
 from servers.models import Model, ModelError, resolve
 from servers.settings import cpu_cores

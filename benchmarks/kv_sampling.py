@@ -26,10 +26,10 @@ import psutil
 from benchmarks import serving
 from benchmarks.ladder import made
 from benchmarks.serving import JSON, RUNGS, Servers, closed_loop, read
-from experiment import kv
+from experiment.analysis.stats import ratio_of_pairs
 from experiment.environment import describe
-from experiment.stack import Program, RunError
-from experiment.stats import ratio_of_pairs
+from experiment.run import kv
+from experiment.run.stack import Program, RunError
 from loadtest.options import Options as Load
 from loadtest.work.workloads import paper
 

@@ -25,7 +25,7 @@ import transformers
 
 from benchmarks import serving
 from benchmarks.serving import JSON, RUNGS, Result, Servers, closed_loop, read
-from experiment.stack import Program, RunError
+from experiment.run.stack import Program, RunError
 from loadtest.options import Options as Load
 from loadtest.work.workloads import paper
 from servers.hf.kv import bytes_per_token

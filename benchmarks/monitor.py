@@ -38,7 +38,7 @@ from benchmarks.peers.watchers import (
 )
 from benchmarks.serving import JSON, Servers, closed_loop
 from experiment.environment import describe
-from experiment.stack import Program, RunError, end, get
+from experiment.run.stack import Program, RunError, end, get
 
 SETTLE_SECONDS, START_SECONDS = 3.0, 900.0
 LATENESS, MISSED = "monitor_sample_lateness_seconds", "monitor_samples_missed"

@@ -24,7 +24,7 @@ import torch
 import transformers
 
 from experiment.environment import describe, installed
-from experiment.stack import Program, RunError, end, get, spawn
+from experiment.run.stack import Program, RunError, end, get, spawn
 from loadtest.client.sse import read_pieces
 
 JSON = dict[str, Any]

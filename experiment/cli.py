@@ -10,16 +10,16 @@ from pathlib import Path
 
 from rich.console import Console
 
-from experiment.classic import classic
-from experiment.compare import INTERRUPTED, compare, resume, up, write_report
-from experiment.diff import diff
+from experiment.analysis.results import ResultError
+from experiment.classic.command import classic
 from experiment.doctor import doctor
-from experiment.gate import gate
-from experiment.listing import list_runs
-from experiment.parts import ResumeError
-from experiment.plan import Plan
-from experiment.results import ResultError
-from experiment.settings import PlanError, read_plan
+from experiment.history.diff import diff
+from experiment.history.gate import gate
+from experiment.history.listing import list_runs
+from experiment.plan.plan import Plan
+from experiment.plan.settings import PlanError, read_plan
+from experiment.run.compare import INTERRUPTED, compare, resume, up, write_report
+from experiment.run.parts import ResumeError
 
 USAGE = """usage: headroom COMMAND [options]
 

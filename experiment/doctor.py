@@ -14,8 +14,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from experiment.environment import find_gpus, installed
-from experiment.plan import Plan
-from experiment.stack import option_of, ports_of
+from experiment.plan.plan import Plan
+from experiment.run.stack import option_of, ports_of
 
 Mark = Literal["ok", "note", "missing"]
 STYLES = {"ok": "green", "note": "yellow", "missing": "red"}

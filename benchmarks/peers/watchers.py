@@ -25,7 +25,7 @@ import numpy as np
 import psutil
 import pynvml
 
-from experiment.stack import Program, RunError, end, get, spawn
+from experiment.run.stack import Program, RunError, end, get, spawn
 from monitor.nvml import Reader
 
 JSON = dict[str, Any]

@@ -7,15 +7,15 @@ from pathlib import Path
 import jinja2
 import yaml
 
-from experiment.analysis import analyse
-from experiment.kv import REASONS
+from experiment.analysis.analyse import analyse
+from experiment.analysis.results import JSON, Results, damage_named, load, write_tables
 from experiment.report import caches, charts, layers, look, sentence, tables
 from experiment.report.formats import filters
 from experiment.report.look import Frame
 from experiment.report.paging import sketch
 from experiment.report.quantiles import quantiles
 from experiment.report.words import LANGUAGES, Words
-from experiment.results import JSON, Results, damage_named, load, write_tables
+from experiment.run.kv import REASONS
 
 Drawn = dict[str, dict[str, str]]
 

@@ -4,10 +4,10 @@ from collections.abc import Iterator, Sequence
 
 import altair as alt
 
-from experiment.kv import REASONS
+from experiment.analysis.results import JSON
 from experiment.report.layers import PARTS, unit_of
 from experiment.report.look import WIDTH, Chart, Frame, chosen, heading, legend_on_top, room_for, svg, table
-from experiment.results import JSON
+from experiment.run.kv import REASONS
 
 # Share of the KV memory that held token states: Kwon et al., "Efficient Memory Management for Large Language Model
 # Serving with PagedAttention", SOSP'23, Fig. 2.

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 
 import altair as alt
 
+from experiment.analysis.results import JSON
 from experiment.report.look import (
     HEIGHT,
     INK,
@@ -19,7 +20,6 @@ from experiment.report.look import (
     svg,
     table,
 )
-from experiment.results import JSON
 
 LATENCIES = {
     "ttft": "ttft_seconds",

@@ -8,13 +8,13 @@ from typing import get_args
 import altair as alt
 import numpy as np
 
-from experiment.kv import REASONS
-from experiment.live import Cache, Moments
-from experiment.memory import GAP_NS, MAX_POINTS, Layer, Memory, Window, inside, runs, thin
+from experiment.analysis.live import Cache, Moments
+from experiment.analysis.memory import GAP_NS, MAX_POINTS, Layer, Memory, Window, inside, runs, thin
+from experiment.analysis.requests import Flags, Floats
+from experiment.analysis.results import JSON
 from experiment.report.look import COLORS, INK, Frame, columns, heading, legend_on_top, room_for, svg, table
 from experiment.report.words import Words
-from experiment.requests import Flags, Floats
-from experiment.results import JSON
+from experiment.run.kv import REASONS
 
 # What is drawn of the device and the allocator.
 LINES = {"allocated": COLORS[4], "reserved": "#8c959f", "used": COLORS[5], "reserved by the driver": "#8c959f"}

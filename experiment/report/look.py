@@ -10,8 +10,8 @@ from typing import Any
 import altair as alt
 import vl_convert
 
+from experiment.analysis.results import JSON
 from experiment.report.words import Words
-from experiment.results import JSON
 
 Chart = alt.LayerChart | alt.FacetChart | alt.VConcatChart
 

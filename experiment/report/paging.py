@@ -1,6 +1,6 @@
 """The sketch that shows what paging is: the same requests in one piece of memory each, and in blocks."""
 
-from experiment.results import JSON
+from experiment.analysis.results import JSON
 
 # Tokens of each request so far, and what each may grow to.
 TOKENS, MOST, BLOCK = {"A": 5, "B": 9, "C": 3}, 12, 4

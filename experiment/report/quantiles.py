@@ -4,9 +4,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from experiment import stats
-from experiment.requests import Floats
-from experiment.results import JSON, CellResult, Results
+from experiment.analysis import stats
+from experiment.analysis.requests import Floats
+from experiment.analysis.results import JSON, CellResult, Results
 
 # Quantiles of each distribution.
 POINTS = 200

@@ -2,8 +2,8 @@
 
 from collections.abc import Mapping
 
+from experiment.analysis.results import JSON
 from experiment.report.look import Frame
-from experiment.results import JSON
 
 
 def verdict(frame: Frame, summary: JSON) -> str:

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from experiment.results import JSON
+from experiment.analysis.results import JSON
 
 TEXTS = ("target", "metric", "statistic")
 SCHEMA = pa.schema([("level", pa.float64()), *((name, pa.string()) for name in TEXTS), ("value", pa.float64())])

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
 
-from experiment.stack import Stack
+from experiment.run.stack import Stack
 from tests.integration.harness import Compare, make_plan
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome") or "chromium is missing: apt-get install chromium"

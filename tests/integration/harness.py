@@ -11,7 +11,7 @@ from typing import Any
 
 import psutil
 
-from experiment.plan import Plan
+from experiment.plan.plan import Plan
 from loadtest.records import count
 
 

@@ -18,7 +18,7 @@ import aiohttp
 import psutil
 from prometheus_client.parser import text_string_to_metric_families
 
-from experiment.stack import end, get, spawn
+from experiment.run.stack import end, get, spawn
 
 JSON = dict[str, Any]
 #: Seconds for a start, which may compile the model, and for an end; a busy machine needs more than a free one.

@@ -8,9 +8,9 @@ from collections.abc import Callable
 import pyarrow.parquet as pq
 import pytest
 
-from experiment.analysis import analyse
-from experiment.results import CellResult, load
-from experiment.stack import Stack
+from experiment.analysis.analyse import analyse
+from experiment.analysis.results import CellResult, load
+from experiment.run.stack import Stack
 from tests.integration.harness import Compare
 
 

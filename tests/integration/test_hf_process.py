@@ -19,7 +19,7 @@ import aiohttp
 import pytest
 
 from experiment.environment import find_gpus
-from experiment.stack import get
+from experiment.run.stack import get
 from servers.models import resolve
 from tests.integration.hf_server import JSON, OFFLINE, HfServer, events, post, post_raw, rest_of
 

@@ -11,7 +11,7 @@ import aiohttp
 import psutil
 import pytest
 
-from experiment.stack import get
+from experiment.run.stack import get
 from tests.integration.hf_server import HfServer, post, rest_of
 
 PATIENCE_SECONDS = 10

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from experiment.stack import Stack
+from experiment.run.stack import Stack
 from loadtest import records
 
 LOCUSTFILE = Path(records.__file__).with_name("locustfile.py")

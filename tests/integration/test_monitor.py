@@ -6,7 +6,7 @@ import psutil
 import pyarrow as pa
 import pytest
 
-from experiment.stack import Stack, get
+from experiment.run.stack import Stack, get
 
 
 def samples(stack: Stack, seconds: float) -> pa.Table:

@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from experiment.environment import find_gpus
-from experiment.stack import Stack, end, get, spawn
+from experiment.run.stack import Stack, end, get, spawn
 from tests.fake_nvml.fake import MonitorProcess, Script, build
 from tests.integration.harness import free_ports
 from tests.integration.hf_server import HfServer

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from experiment.stack import Stack
+from experiment.run.stack import Stack
 from tests.integration.hf_server import JSON, HfServer
 
 PROMPTS: list[str | list[int]] = [

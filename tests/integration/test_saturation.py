@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from aiohttp import web
 
-from experiment import requests, stats
-from experiment.saturation import Search
+from experiment.analysis import requests, stats
+from experiment.analysis.saturation import Search
 
 LOCUSTFILE = Path(__file__).parents[2] / "loadtest" / "locustfile.py"
 SEATS, SERVICE_SECONDS, TOKENS = 4, 0.16, 4

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from experiment.stack import Program, end, get, spawn
+from experiment.run.stack import Program, end, get, spawn
 from tests.integration.harness import free_ports
 
 # random:tiny holds keys and values of 4 layers, each 128 numbers of 4 bytes.

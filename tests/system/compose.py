@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from experiment.environment import find_gpus
-from experiment.stack import get
+from experiment.run.stack import get
 from tests.fake_nvml.fake import GIB, Script, build
 from tests.integration.harness import free_ports
 

@@ -14,7 +14,7 @@ import httpx
 import pytest
 from playwright.sync_api import Page, expect
 
-from experiment.stack import get
+from experiment.run.stack import get
 from loadtest.records import read
 from tests.system.compose import ROOT, Compose, service_of, until
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import analysis
-from experiment.analysis import analyse
-from experiment.results import load
+from experiment.analysis.analyse import analyse
+from experiment.analysis.results import load
 from loadtest.records import count
 
 

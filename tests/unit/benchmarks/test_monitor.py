@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks import monitor
 from benchmarks.kv_sampling import ratio
-from experiment.stack import Program, RunError
+from experiment.run.stack import Program, RunError
 from monitor.timeline import Series
 from monitor.window import SCHEMA
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.peers import watchers
-from experiment.stack import RunError
+from experiment.run.stack import RunError
 
 # Burns 0.4 s when it starts, prints as nvidia-smi does and holds all back until a SIGINT.
 SMI = """

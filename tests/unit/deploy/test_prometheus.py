@@ -11,8 +11,8 @@ from urllib.parse import urlsplit
 import pytest
 import yaml
 
-from experiment.compare import LOCUST_PORT
-from experiment.plan import Plan
+from experiment.plan.plan import Plan
+from experiment.run.compare import LOCUST_PORT
 from monitor.collector import METRICS, PEAK_NS
 from monitor.nvml import THROTTLING
 from monitor.sampler import SECOND

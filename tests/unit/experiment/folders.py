@@ -8,8 +8,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from experiment import kv
-from experiment.plan import Cell, Plan
+from experiment.plan.plan import Cell, Plan
+from experiment.run import kv
 from loadtest.keeper import summarize
 from loadtest.records import Phase, Record, RecordFile, read, to_bytes
 from monitor.timeline import Series

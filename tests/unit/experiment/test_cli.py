@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 
 from experiment import cli
-from experiment.plan import Plan
+from experiment.plan.plan import Plan
 from loadtest.records import read, to_bytes
 from tests.unit.experiment.folders import change_records, make_folder, make_plan
 

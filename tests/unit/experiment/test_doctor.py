@@ -13,7 +13,7 @@ from rich.console import Console
 
 from experiment import doctor as module
 from experiment.doctor import Finding, doctor, examine
-from experiment.plan import Plan
+from experiment.plan.plan import Plan
 from tests.unit.experiment.folders import make_plan
 
 VERSIONS = {"torch": "2.0", "transformers": "5.0", "vllm": "1.0"}

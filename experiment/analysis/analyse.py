@@ -1,0 +1,230 @@
+"""From what a run left to all figures of its report. Everything comes from the records alone."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from experiment.analysis import gates, ladder, stats, steady
+from experiment.analysis.memory import cache_figures
+from experiment.analysis.results import JSON, CellResult, Results, pairs, targets
+from experiment.analysis.saturation import Search
+from experiment.analysis.steady import Steady
+
+NAMES = {"hf": "HF", "vllm": "vLLM"}
+RATES = ("output_throughput", "goodput")
+
+
+@dataclass(frozen=True)
+class Figures:
+    """A run with what each of its cells came to, by the cell's index."""
+
+    results: Results
+    steady: dict[int, Steady]
+    drifts: dict[int, str]
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """The limits of the plan; a request meets all of them or is not good."""
+        return self.results.plan.get("limits") or {}
+
+    def rate(self, cell: CellResult, name: str) -> float | None:
+        """A rate of a cell: output tokens, or requests that met the limits, per second."""
+        if name == "output_throughput":
+            return self.steady[cell.index].output_throughput
+        return stats.goodput(cell.requests, self.limits) if self.limits else None
+
+
+def analyse(results: Results) -> JSON:
+    """Compute everything that a report shows; the keys are those of summary.json."""
+    complete = [cell for cell in results.cells if cell.complete]
+    measured = {cell.index: steady.measure(cell.requests) for cell in complete}
+    of_levels = {cell.index: measured[cell.index] for cell in complete if not cell.search}
+    figures = Figures(results, measured, steady.drifts(of_levels))
+    plan, names = results.plan, targets(results.plan)
+    judged = list(gates.judge(results, of_levels))
+    valid = all(gate["passed"] for gate in judged)
+    levels = [_level(figures, level, valid) for level in sorted(plan["levels"])]
+    levels = [level for level in levels if level["targets"]]
+    return {
+        "headline": _headline(plan, levels, valid, results.partial),
+        "state": results.status["state"],
+        "reason": results.status["reason"],
+        "valid": valid,
+        "baseline": names[0],
+        "targets": names,
+        "arrival": plan["arrival"],
+        "limits": figures.limits,
+        "gates": judged,
+        "levels": levels,
+        "saturation": {name: found for name in names if (found := _saturation(figures, name))},
+        "ladder": _ladder(figures, valid),
+        "cells": [_cell_summary(cell, figures) for cell in results.cells],
+    }
+
+
+def _headline(plan: JSON, levels: Sequence[JSON], valid: bool, partial: bool) -> str:
+    """A sentence for each target on the highest level that it and the baseline ran."""
+    baseline, *others = targets(plan)
+    told = []
+    for name in others:
+        ratios = [(level["level"], found) for level in levels if (found := level["ratios"].get(name))]
+        told += [
+            _sentence(plan, baseline, name, level, found["output_throughput"], valid)
+            for level, found in ratios[-1:]
+            if "output_throughput" in found
+        ]
+    if not told:
+        return "No comparison: there is no level that two servers ran to its end."
+    sentence = f"{'Partial run. ' if partial else ''}{' '.join(told)}"
+    return sentence if valid else f"{sentence} The comparison is not valid: see which rule failed."
+
+
+def _sentence(plan: JSON, baseline: str, name: str, level: float, ratio: JSON, valid: bool) -> str:
+    where = f"At concurrency {level:g}" if plan["arrival"] == "closed" else f"At {level:g} requests/s"
+    interval = "" if ratio["low"] is None else f" (95 % interval {ratio['low']:.2f} to {ratio['high']:.2f})"
+    sentence = (
+        f"{where} {NAMES.get(name, name)} made {ratio['value']:.2f} times{interval} the output tokens per second "
+        f"of {NAMES.get(baseline, baseline)}: {ratio['second']:,.0f} against {ratio['first']:,.0f}."
+    )
+    if valid and interval and ratio["verdict"] == "no detectable difference":
+        sentence += " That is no detectable difference."
+    return sentence
+
+
+def _level(figures: Figures, level: float, valid: bool) -> JSON:
+    cells = _cells_of(figures.results, level)
+    baseline, *others = targets(figures.results.plan)
+    by_target = {name: [cell for cell in cells if cell.target == name] for name in (baseline, *others)}
+    found = {name: _target_summary(figures, own) for name, own in by_target.items() if own}
+    compared = {name: _ratios(figures, list(pairs(cells, baseline, name)), valid) for name in others}
+    return {"level": level, "targets": found, "ratios": {name: ratios for name, ratios in compared.items() if ratios}}
+
+
+def _cells_of(results: Results, level: float) -> list[CellResult]:
+    return [cell for cell in results.cells if cell.level == level and cell.complete and not cell.search]
+
+
+def _target_summary(figures: Figures, cells: Sequence[CellResult]) -> JSON:
+    chosen = [cell.requests.measured for cell in cells]
+    errors = [cell.requests.error[which] for cell, which in zip(cells, chosen, strict=True)]
+    rates = {name: [figures.rate(cell, name) for cell in cells] for name in RATES}
+    summary: JSON = {
+        "requests": int(sum(which.sum() for which in chosen)),
+        "failed": stats.errors_by_kind(np.concatenate(errors)),
+        "output_throughput": rates["output_throughput"],
+        "output_throughput_mean": _mean(rates["output_throughput"]),
+        "goodput": _mean(rates["goodput"]),
+        "attainment": _attainment(figures, cells),
+        "unstable": [cell.repeat for cell in cells if cell.index in figures.drifts],
+    }
+    for metric, read in stats.COMPARED.items():
+        values = np.concatenate([read(cell.requests)[which] for cell, which in zip(cells, chosen, strict=True)])
+        distribution = stats.summarize(values)
+        if metric == "normalized_latency":
+            summary[metric] = distribution.mean if distribution else None
+        else:
+            summary[metric] = asdict(distribution) if distribution else None
+    windows = [window for cell in cells if (window := figures.steady[cell.index].window)]
+    return summary | {"memory": figures.results.memory.figures(cells[0].target, windows)}
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _attainment(figures: Figures, cells: Sequence[CellResult]) -> float | None:
+    """Share of all measured requests of some cells that met every limit; None without limits."""
+    met = [stats.meets(cell.requests, figures.limits)[cell.requests.measured] for cell in cells]
+    offered = np.concatenate(met) if met else np.zeros(0)
+    return float(offered.mean()) if figures.limits and len(offered) else None
+
+
+def _ratios(figures: Figures, compared: Sequence[tuple[CellResult, CellResult]], valid: bool) -> JSON:
+    """How the second server of each pair compares with the first, over the repeats of both; above 1 it is better.
+
+    What waits in a queue that grows has no mean: where a cell drifted, no latency has a verdict.
+    """
+    drifted = any(cell.index in figures.drifts for pair in compared for cell in pair)
+    found: JSON = {}
+    for metric in stats.COMPARED:
+        repeats = [stats.paired(a.requests, b.requests, metric) for a, b in compared]
+        found[metric] = {"repeats": [ratio for values in repeats if (ratio := stats.ratio_of_means(values))]}
+    for name in RATES:
+        both = [(figures.rate(a, name), figures.rate(b, name)) for a, b in compared]
+        known = [(a, b) for a, b in both if a and b]
+        first, second = (sum(side) / len(known) for side in zip(*known, strict=True)) if known else (None, None)
+        found[name] = {"repeats": [b / a for a, b in known], "first": first, "second": second}
+    sure = {metric: valid and not (drifted and metric in stats.COMPARED) for metric in found}
+    return {
+        metric: ratio
+        | asdict(stats.ratio_of_pairs(ratio["repeats"]))
+        | ({} if sure[metric] else {"verdict": "invalid"})
+        for metric, ratio in found.items()
+        if ratio["repeats"]
+    }
+
+
+def _saturation(figures: Figures, target: str) -> JSON | None:
+    """What the search for a target's saturation found; None when it was not searched."""
+    cells = [cell for cell in figures.results.cells if cell.search and cell.complete and cell.target == target]
+    if not cells:
+        return None
+    wanted = figures.results.plan.get("attainment", 0.99)
+    search, told = Search(cells[0].level), []
+    for cell in cells:
+        share = _attainment(figures, [cell])
+        met = share is not None and share >= wanted
+        search.tell(cell.level, met)
+        told.append({"rate": cell.level, "met": met, "attainment": share, "goodput": figures.rate(cell, "goodput")})
+    rate, reason = search.result
+    return {"rate": rate, "cells": told, "reason": reason}
+
+
+def _ladder(figures: Figures, valid: bool) -> list[JSON]:
+    """What each rung brings over the one below it, at each level."""
+    found = []
+    for low, up, adds in ladder.steps(figures.results.plan["targets"]):
+        for level in sorted(figures.results.plan["levels"]):
+            ratios = _ratios(figures, list(pairs(_cells_of(figures.results, level), low, up)), valid)
+            if ratio := ratios.get("output_throughput"):
+                found.append({"from": low, "to": up, "adds": adds, "level": level, "ratio": ratio})
+    return found
+
+
+def _cell_summary(cell: CellResult, figures: Figures) -> JSON:
+    cache = figures.results.memory.caches.get(cell.target)
+    sampled = cache_figures(cache, [(cell.start_ns, cell.end_ns)]) if cache else None
+    known = figures.steady.get(cell.index)
+    return {
+        "index": cell.index,
+        "target": cell.target,
+        "level": cell.level,
+        "repeat": cell.repeat,
+        "search": cell.search,
+        "start_ns": cell.start_ns,
+        "end_ns": cell.end_ns,
+        "complete": cell.complete,
+        "requests": len(cell.requests),
+        "failed": stats.errors_by_kind(cell.requests.error),
+        "window_ns": known.window if known else None,
+        "output_throughput": known.output_throughput if known else None,
+        "goodput": figures.rate(cell, "goodput") if known else None,
+        "attainment": _attainment(figures, [cell]) if known else None,
+        "drift": figures.drifts.get(cell.index),
+        "memory_samples_per_second": _sampling_rate(cell, figures.results.timeline),
+        "kv_samples": {name: sampled[name] for name in ("samples_per_second", "missed", "broken")} if sampled else None,
+        "client": cell.client,
+    }
+
+
+def _sampling_rate(cell: CellResult, timeline: pa.Table | None) -> float | None:
+    """How often the monitor sampled the memory of the server under load during its cell, per second."""
+    if timeline is None or cell.end_ns <= cell.start_ns:
+        return None
+    own = pc.and_(pc.equal(timeline["metric"], "host_rss_bytes"), pc.equal(timeline["server"], cell.target))
+    within = pc.and_(pc.greater_equal(timeline["time_ns"], cell.start_ns), pc.less(timeline["time_ns"], cell.end_ns))
+    return float(pc.sum(pc.and_(own, within)).as_py() or 0) / ((cell.end_ns - cell.start_ns) / 1e9)

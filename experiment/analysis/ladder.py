@@ -1,0 +1,62 @@
+"""What each rung of the ladder adds, from one request at a time up to vLLM: the gain taken apart.
+
+Static batching alone is a rung of its own. Continuous batching and paging come together in Transformers, so that one
+ratio holds both. From there to vLLM everything else changes at once: its kernels, its scheduler, its sampler.
+"""
+
+import shlex
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+
+from experiment.analysis.results import JSON
+
+# The main rungs in their order, and what is new in each.
+MAIN = {
+    "sequential": "",
+    "batch": "batching",
+    "continuous": "continuous batching and paging",
+    "vllm": "kernels and scheduling",
+}
+# Side rungs: each differs in one thing from the rung that it leaves.
+SIDES = (
+    ("sequential", "sequential-compile", "compile"),
+    ("batch", "batch-static", "cache reserved for the maximum length"),
+    ("batch-static", "batch-static-compile", "compile"),
+)
+
+
+def steps(targets: Sequence[JSON]) -> Iterator[tuple[str, str, str]]:
+    """Yield the steps between targets of a plan as from, to and what the second adds.
+
+    There are none unless some step adds one thing alone: sequential against vLLM takes nothing apart.
+    """
+    by_rung: dict[str, str] = {}
+    for target in targets:
+        if found := rung(target):
+            by_rung.setdefault(found, target["name"])
+    mains = [name for name in MAIN if name in by_rung]
+    main = [(low, up, _between(low, up)) for low, up in pairwise(mains)]
+    sides = [side for side in SIDES if side[0] in by_rung and side[1] in by_rung]
+    if sides or len(mains) > 2:
+        yield from ((by_rung[low], by_rung[up], adds) for low, up, adds in [*main, *sides])
+
+
+def _between(low: str, up: str) -> str:
+    """What all rungs above `low` up to `up` add."""
+    order = list(MAIN)
+    return " + ".join(MAIN[name] for name in order[order.index(low) + 1 : order.index(up) + 1])
+
+
+def rung(target: JSON) -> str | None:
+    """The rung that a target of a plan is; None for a server that is known by its URL alone."""
+    if target["kind"] == "vllm":
+        return "vllm"
+    if target["kind"] != "hf":
+        return None
+    words = shlex.split(str(target.get("args") or "").replace("=", " "))
+    options = {name: value for name, value in pairwise([*words, ""]) if name.startswith("--")}
+    engine = options.get("--engine", "sequential")
+    compiled = options.get("--compile", "false").lower() not in ("false", "0", "no")
+    # What is compiled has a static cache, of one row where requests run one at a time.
+    static = options.get("--cache") == "static" or (compiled and engine == "batch")
+    return f"{engine}{'-static' if static else ''}{'-compile' if compiled else ''}"

@@ -1,0 +1,194 @@
+"""The layers of a run's memory on one time axis (CLOCK_MONOTONIC): device, process, host, allocator and KV cache.
+
+Device and process come from the monitor's timeline, the allocator and the KV cache from the samples of /metrics.
+"""
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from experiment.analysis.live import Cache, Moments, caches, numbers
+from experiment.analysis.requests import Flags, Floats, Requests
+from experiment.run.kv import REASONS
+
+# The finest resolution a chart shows; of each stretch of time it keeps the largest and the smallest value.
+MAX_POINTS = 800
+# Nothing is sampled more seldom than once a second: after a longer silence it is not known what was there.
+GAP_NS = 3_000_000_000
+Layer = Literal["device", "process", "host", "allocator"]
+Window = tuple[int, int]
+JSON = dict[str, Any]
+
+# What the monitor's metrics and the servers' are in the layers.
+_DEVICE = {"gpu_memory_used_bytes": "used", "gpu_memory_reserved_bytes": "reserved by the driver"}
+_SERVERS: dict[Layer, str] = {"process": "gpu_process_memory_bytes", "host": "host_pss_bytes"}
+_ALLOCATOR = {"torch_reserved_bytes": "reserved", "torch_allocated_bytes": "allocated"}
+
+
+@dataclass(frozen=True)
+class Series:
+    """Bytes over time; `owner` is a server or `unattributed`, "" for a whole GPU, and `gpu` is "" off the GPU."""
+
+    layer: Layer
+    owner: str
+    gpu: str
+    name: str
+    time_ns: Moments
+    values: Floats
+
+
+@dataclass(frozen=True)
+class Memory:
+    """All layers of a run: bytes over time, and the KV caches by server."""
+
+    series: list[Series]
+    caches: dict[str, Cache]
+
+    def figures(self, target: str, windows: Sequence[Window]) -> JSON:
+        """Mean and maximum of each layer for a server in some windows of time; layers without a sample are left out.
+
+        The device is that of all servers. Values are bytes, or tokens or blocks where `kv.unit` says so.
+        """
+        found: JSON = {}
+        for one in self.series:
+            chosen = inside(one.time_ns, windows)
+            if one.owner in (target, "") and chosen.any():
+                name = f"GPU {one.gpu} {one.name}" if one.gpu else one.name
+                found.setdefault(one.layer, {})[name] = {
+                    "mean": float(np.average(one.values[chosen], weights=lasting(one.time_ns)[chosen])),
+                    "max": float(one.values[chosen].max()),
+                }
+        if target in self.caches and (kv := cache_figures(self.caches[target], windows)):
+            found["kv"] = kv
+        return found
+
+
+def gather(
+    timeline: pa.Table | None, samples: Mapping[str, pa.Table], requests: Mapping[str, Sequence[Requests]]
+) -> Memory:
+    """Join what the monitor, the servers and the clients have seen; samples and requests are by server.
+
+    Of the monitor's samples those of the servers that have a place in `requests` are taken.
+    """
+    series = list(_of_monitor(timeline, requests.keys())) if timeline is not None else []
+    for target, table in samples.items():
+        for column, name in _ALLOCATOR.items():
+            given = table.filter(pc.is_valid(table[column]))
+            if given.num_rows:
+                times, values = numbers(given, "answered_ns"), numbers(given, column).astype(np.float64)
+                series.append(Series("allocator", target, "", name, times, values))
+    return Memory(series, caches(samples, requests))
+
+
+def cache_table(memory: Memory) -> pa.Table:
+    """All samples of the KV caches, with the bounds of the live tokens; counts of tokens, or of blocks by `unit`."""
+    tables = []
+    for target, cache in memory.caches.items():
+        columns = {"time_ns": cache.time_ns, "target": [target] * len(cache.time_ns)}
+        columns |= {"unit": [cache.unit] * len(cache.time_ns), **cache.counts}
+        tables.append(pa.table(columns | {"running": cache.running, "broken": cache.broken}))
+    return pa.concat_tables(tables, promote_options="default")
+
+
+def inside(time_ns: Moments, windows: Sequence[Window]) -> Flags:
+    """Which of the moments are inside any of the windows."""
+    found = np.zeros(len(time_ns), dtype=np.bool_)
+    for start_ns, end_ns in windows:
+        found |= (time_ns >= start_ns) & (time_ns < end_ns)
+    return found
+
+
+def cache_figures(cache: Cache, windows: Sequence[Window]) -> JSON | None:
+    """Mean and maximum of a KV cache in some windows, shares of the mean allocated, and the quality of the samples.
+
+    Live tokens and waste have a `low` and a `high`, which are equal where the server counts them itself; there are none
+    where the counts are of blocks. None without a sample.
+    """
+    chosen = inside(cache.time_ns, windows)
+    if not chosen.any():
+        return None
+    size = cache.token_bytes or 1
+    values = {name: _mean_and_max(counts[chosen] * size) for name, counts in cache.counts.items()}
+    parts = (name for name in ("live", *REASONS) if f"{name}_low" in values)
+    return {
+        "unit": "bytes" if cache.token_bytes else cache.unit,
+        "live_source": cache.source,
+        "block_size": cache.block_size,
+        "samples": int(chosen.sum()),
+        "samples_per_second": float(chosen.sum() / sum(end - start for start, end in windows) * 1e9),
+        "missed": int(cache.missed[inside(cache.missed_ns, windows)].sum()),
+        "broken": int(cache.broken[chosen].sum()),
+        "capacity": values["capacity"],
+        "allocated": values["allocated"],
+        "running": _mean_and_max(cache.running[chosen]),
+        "parts": {part: _part(part, values) for part in parts},
+    }
+
+
+def _part(part: str, values: Mapping[str, JSON]) -> JSON:
+    allocated = values["allocated"]["mean"]
+    found: JSON = {end: values[f"{part}_{end}"] for end in ("low", "high")}
+    return found | {"share": [found[end]["mean"] / allocated if allocated else None for end in ("low", "high")]}
+
+
+def _mean_and_max(values: Floats) -> JSON:
+    return {"mean": float(values.mean()), "max": float(values.max())}
+
+
+def _of_monitor(timeline: pa.Table, targets: Collection[str]) -> Iterator[Series]:
+    for metric, name in _DEVICE.items():
+        yield from _series(timeline, metric, "device", name)
+    for layer, metric in _SERVERS.items():
+        for one in _series(timeline, metric, layer, "held"):
+            if one.owner in (*targets, "unattributed"):
+                yield one
+
+
+def _series(timeline: pa.Table, metric: str, layer: Layer, name: str) -> Iterator[Series]:
+    """A metric by GPU and server, each in the order of time."""
+    rows = timeline.filter(pc.equal(timeline["metric"], metric)).select(["time_ns", "server", "gpu", "value"])
+    for column in ("server", "gpu"):
+        texts = pc.fill_null(rows[column].cast(pa.string()), "")
+        rows = rows.set_column(rows.schema.get_field_index(column), column, texts)
+    owners = rows.group_by(["gpu", "server"]).aggregate([]).to_pylist()
+    for owner in sorted(owners, key=lambda owner: ([int(n) for n in owner["gpu"].split("/") if n], owner["server"])):
+        same = pc.and_(pc.equal(rows["gpu"], owner["gpu"]), pc.equal(rows["server"], owner["server"]))
+        own = rows.filter(same).sort_by("time_ns")
+        yield Series(layer, owner["server"], owner["gpu"], name, own["time_ns"].to_numpy(), own["value"].to_numpy())
+
+
+def lasting(time_ns: Moments) -> Floats:
+    """How long each sample holds, until the next or a gap: some series are sampled more often while they change."""
+    if len(time_ns) < 2:
+        return np.ones(len(time_ns))
+    each_ns = np.minimum(np.diff(time_ns), GAP_NS).astype(np.float64)
+    held: Floats = np.maximum(np.append(each_ns, np.median(each_ns)), 1.0)
+    return held
+
+
+def runs(time_ns: Moments, gap_ns: int = GAP_NS) -> Moments:
+    """The number of the run without a gap that each sample belongs to, from 0; times ascend."""
+    return np.cumsum(np.diff(time_ns, prepend=time_ns[:1]) > gap_ns, dtype=np.int64)
+
+
+def thin(time_ns: Moments, values: Floats, points: int = MAX_POINTS) -> NDArray[np.int64]:
+    """Positions of at most `points` values (three at least), ascending: of each stretch of time its extremes and end.
+
+    Stretches are of equal time, as samples are not: what is shown from one sample to the next is never wrong for longer
+    than a stretch.
+    """
+    if len(values) <= points:
+        return np.arange(len(values))
+    since_ns = time_ns - time_ns[0]
+    stretch = since_ns * max(1, points // 3) // (since_ns[-1] + 1)
+    ends = np.flatnonzero(np.diff(stretch, append=stretch[-1] + 1)) + 1
+    kept = [ends - 1]
+    for begin, end in zip(np.append(0, ends[:-1]), ends, strict=True):
+        part = values[begin:end]
+        kept.append(begin + np.array([np.argmax(part), np.argmin(part)]))
+    return np.unique(np.concatenate(kept))

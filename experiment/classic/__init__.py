@@ -1,0 +1,1 @@
+"""`headroom classic`: the learners' experiment, step by step in the terminal."""

@@ -1,0 +1,1 @@
+"""Runs that are kept: listed, held against each other, and against limits."""

@@ -1,0 +1,155 @@
+"""The rules that `headroom gate` holds a run against: the run's own, its limits, and how far it may fall behind.
+
+Nothing is judged when the evidence is missing: a run that is not valid, or cannot be compared with its baseline, is
+neither passed nor failed.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from experiment.analysis.results import JSON, damage_named
+from experiment.history.two_runs import (
+    Change,
+    Key,
+    Run,
+    changes,
+    differences,
+    drifting,
+    level_name,
+    ratio,
+    show,
+    targets,
+)
+from experiment.plan.rules import RATES, Rules
+
+Outcome = Literal["passed", "failed", "invalid"]
+
+
+@dataclass(frozen=True)
+class Ruling:
+    """One rule and what became of it; `group` is what it is about. One of a metric has the figures, in words.
+
+    It is `wide` when its interval leaves open whether more than the allowed was lost.
+    """
+
+    group: str
+    rule: str
+    outcome: Outcome
+    found: str
+    metric: str = ""
+    limit: str = ""
+    baseline: str = ""
+    now: str = ""
+    ratio: str = ""
+    wide: bool = False
+
+
+def judge(run: Run, baseline: Run, rules: Rules) -> Iterator[Ruling]:
+    """Hold a run against every rule."""
+    with damage_named(baseline.folder):
+        yield from _validity("baseline", baseline)
+    with damage_named(run.folder):
+        yield from _validity("run", run)
+        yield from _comparable(baseline, run)
+        names = rules.targets or targets(run)[1:] or targets(run)
+        for level in run.summary["levels"]:
+            for name in names:
+                yield from _limits((level["level"], name), level["targets"].get(name), run, rules)
+        yield from _regressions(baseline, run, rules, names)
+
+
+def verdict(rulings: Sequence[Ruling]) -> Outcome:
+    """Invalid when any rule could not be judged, else failed when any failed."""
+    outcomes = {one.outcome for one in rulings}
+    return "invalid" if "invalid" in outcomes else "failed" if "failed" in outcomes else "passed"
+
+
+def _validity(name: str, run: Run) -> Iterator[Ruling]:
+    for found in run.summary["gates"]:
+        yield Ruling(f"{name} is valid", found["rule"], "passed" if found["passed"] else "invalid", found["found"])
+    state, reason = run.summary["state"], run.summary["reason"]
+    whole: Outcome = "passed" if state == "complete" else "invalid"
+    yield Ruling(f"{name} is valid", "the run came to its planned end", whole, reason or state)
+
+
+def _comparable(baseline: Run, run: Run) -> Iterator[Ruling]:
+    against = [one for one in differences(baseline, run) if one.matters]
+    told = "; ".join(f"{one.what}: {one.first} -> {one.second}" if one.first else one.second for one in against)
+    outcome: Outcome = "invalid" if against else "passed"
+    rule = "both runs have the same model, workload, requests and hardware"
+    yield Ruling("run and baseline are comparable", rule, outcome, told or "the same")
+
+
+def _limits(key: Key, figures: JSON | None, run: Run, rules: Rules) -> Iterator[Ruling]:
+    group = _group(key, run)
+    for metric, limit in rules.limits.items():
+        now, least = _figure(figures, metric), metric in RATES
+        told = f"at {'least' if least else 'most'} {show(metric, limit)}"
+        kept = None if now is None else now >= limit if least else now <= limit
+        yield _limit(group, metric, told, kept, "" if now is None else show(metric, now))
+    limits = {name: value for name, value in (run.results.plan.get("limits") or {}).items() if value}
+    if limits:
+        wanted, now = run.results.plan["attainment"], (figures or {}).get("attainment")
+        metric = f"share of the requests within {', '.join(f'{name} {show(name, limits[name])}' for name in limits)}"
+        kept = None if now is None else now >= wanted
+        yield _limit(group, metric, f"at least {wanted * 100:g} %", kept, "" if now is None else f"{now * 100:.2f} %")
+
+
+def _limit(group: str, metric: str, limit: str, kept: bool | None, now: str) -> Ruling:
+    outcome: Outcome = "invalid" if kept is None else "passed" if kept else "failed"
+    told = {"invalid": "there is no such figure", "passed": "kept", "failed": "not kept"}[outcome]
+    return Ruling(group, f"{metric}: {limit}", outcome, told, metric, limit, now=now)
+
+
+def _regressions(baseline: Run, run: Run, rules: Rules, names: Sequence[str]) -> Iterator[Ruling]:
+    found = {(one.level, one.target, one.metric): one for one in changes(baseline, run, rules.metrics)}
+    for level in run.summary["levels"]:
+        for name in names:
+            key, figures = (level["level"], name), level["targets"].get(name)
+            behind = figures and len(drifting(run, key)) == len(figures["output_throughput"])
+            if behind and not drifting(baseline, key):
+                told = "drifted in every repeat, the baseline in none"
+                yield Ruling(_group(key, run), "latency keeps steady", "failed", told, "latency", "steady")
+            for metric in rules.metrics:
+                if metric in RATES or not behind or drifting(baseline, key):
+                    yield _regression(_group(key, run), metric, found.get((*key, metric)), rules.allowed_regression)
+
+
+def _regression(group: str, metric: str, change: Change | None, allowed: float) -> Ruling:
+    """A regression counts when the whole interval is beyond what is allowed."""
+    limit = f"at most {allowed * 100:g} % worse"
+    rule, missing = f"{metric}: {limit} than the baseline", "there is no such figure in both runs"
+    ruling = Ruling(group, rule, "invalid", missing, metric, limit)
+    if change is None:
+        return ruling
+    figures = show(metric, change.first), show(metric, change.second), ratio(change)
+    ruling = Ruling(group, rule, "invalid", "a run is not valid, or drifted", metric, limit, *figures)
+    if change.verdict == "invalid":
+        return ruling
+    if change.low is None or change.high is None:
+        return replace(ruling, found="no interval: both runs need two repeats")
+    if change.high < 1 - allowed:
+        return replace(ruling, outcome="failed", found="worse than allowed")
+    worse = change.verdict == "worse"
+    if change.low >= 1 - allowed:
+        return replace(ruling, outcome="passed", found="worse, as allowed" if worse else change.verdict)
+    told = "worse, but not surely more than allowed" if worse else str(change.verdict)
+    open_ = f"{(1 - change.low) * 100:.0f} % worse is not excluded"
+    return replace(ruling, outcome="passed", found=f"{told}; {open_}", wide=True)
+
+
+def _group(key: Key, run: Run) -> str:
+    return f"{key[1]} at {level_name(run, key[0])}"
+
+
+def _figure(figures: JSON | None, metric: str) -> float | None:
+    """A figure of a level over all of its repeats; None where there is none."""
+    if figures is None:
+        return None
+    if metric in RATES:
+        value = figures["output_throughput_mean" if metric == "output_throughput" else metric]
+    else:
+        latency, statistic = metric.split(".")
+        value = (figures[latency] or {}).get(statistic)
+    return None if value is None else float(value)

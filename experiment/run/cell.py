@@ -1,0 +1,153 @@
+"""Runs one cell: starts the load generator, watches it and the servers, and keeps what it leaves."""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from experiment.analysis import requests, stats
+from experiment.analysis.requests import Requests
+from experiment.environment import boot_id
+from experiment.plan.plan import Cell, Plan, Target
+from experiment.run.idle import settle
+from experiment.run.stack import Program, RunError, Stack, end, spawn
+from loadtest import records
+
+LOCUSTFILE = Path(records.__file__).with_name("locustfile.py")
+LOADTEST_STOP_SECONDS = 15
+JUDGE_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What all cells of a run share; `options` are those of the load test that are the same for all of them."""
+
+    plan: Plan
+    stack: Stack
+    options: Mapping[str, object]
+
+
+def run_cell(bench: Bench, cell: Cell, folder: Path, report: Callable[[int], None]) -> None:
+    """Run a cell into a new folder; raises RunError, KeyboardInterrupt or OSError with its records kept."""
+    plan = bench.plan
+    target = next(target for target in plan.targets if target.name == cell.target)
+    between = settle(plan, bench.stack)
+    folder.mkdir(parents=True)
+    state: dict[str, Any] = asdict(cell) | {"planned_requests": plan.total(cell.level), "boot_id": boot_id()}
+    state |= {**between, "start_ns": time.monotonic_ns(), "end_ns": None, "complete": False, "stopped_early": False}
+    write_json(folder / "cell.json", state)
+    process = spawn(_command(bench, cell, target, folder), folder / "locust.log", {})
+    program = Program("the load generator", process, folder / "locust.log", "")
+    try:
+        state["stopped_early"] = _watch(bench, cell, program, folder / "records.arrow", report)
+        state["complete"] = True
+    finally:
+        if process.poll() is None:
+            process.terminate()
+        end(process, LOADTEST_STOP_SECONDS)
+        state["end_ns"] = time.monotonic_ns()
+        write_json(folder / "cell.json", state)
+
+
+def workload_options(plan: Plan, stack: Stack) -> dict[str, object]:
+    """Options of the load test that are the same for all targets and loads."""
+    return {
+        "workload": plan.workload,
+        "input-mean": plan.input_mean,
+        "output-mean": plan.output_mean,
+        "sigma": plan.sigma,
+        "max-context": stack.max_model_len(),
+    }
+
+
+def user_of(target: Target) -> str:
+    """The load test's name for a target: it knows two, and sends the same to both."""
+    return "hf" if target.kind == "hf" else "vllm"
+
+
+def flags(options: Mapping[str, object]) -> list[str]:
+    """Options as arguments of a command line."""
+    return [f"--{name}={value}" for name, value in options.items()]
+
+
+def _command(bench: Bench, cell: Cell, target: Target, folder: Path) -> list[str]:
+    plan = bench.plan
+    options = dict(bench.options) | {
+        f"{user_of(target)}-url": bench.stack[target.name].url,
+        "model": target.model if target.url else plan.model,
+        "requests": plan.measured(cell.level),
+        "warmup": plan.warmup(cell.level),
+        "drain": plan.drain(cell.level),
+        "seed": cell.seed,
+        "records": folder / "records.arrow",
+        # Failed requests are records; the exit code is for failures of the load generator itself.
+        "exit-code-on-error": 0,
+    }
+    if cell.arrival == "closed":
+        options |= {"users": cell.level, "spawn-rate": cell.level}
+    else:
+        options |= {"users": 1, "arrival": cell.arrival, "rate": cell.level}
+    locust = [sys.executable, "-m", "locust", "-f", str(LOCUSTFILE), "--headless", "--only-summary"]
+    return [*locust, *flags(options), user_of(target).upper()]
+
+
+def _watch(bench: Bench, cell: Cell, loadtest: Program, written: Path, report: Callable[[int], None]) -> bool:
+    """Wait for the load generator; returns whether a cell of a search was told before its end that it fails.
+
+    Raises RunError when the load generator, a server or the time for the cell comes to an end.
+    """
+    plan, stack = bench.plan, bench.stack
+    deadline = time.monotonic() + plan.cell_seconds
+    judged = time.monotonic()
+    code = None
+    while code is None:
+        try:
+            code = loadtest.process.wait(0.2)
+        except subprocess.TimeoutExpired:
+            stack.check()
+            if time.monotonic() > deadline:
+                raise RunError(f"--cell-seconds: cell {cell.name} was not done after {plan.cell_seconds:g} s") from None
+        report(_written(written))
+        if code is None and cell.search and time.monotonic() - judged > JUDGE_SECONDS:
+            judged = time.monotonic()
+            if written.exists() and is_lost(plan, cell, requests.load(written)):
+                return True
+    if code:
+        loadtest.check()
+    if any(record.error for record in records.read(written)):
+        # Requests fail before a server's end is seen: give it the time to show.
+        stack.require_healthy(cell.target)
+    if _written(written) != plan.total(cell.level):
+        raise RunError(f"the load generator ended early. {loadtest.tail()}")
+    return False
+
+
+def is_lost(plan: Plan, cell: Cell, ended: Requests) -> bool:
+    """Whether so many measured requests missed a limit that a cell cannot reach the attainment any more."""
+    missed = int((ended.measured & ~stats.meets(ended, plan.limits)).sum())
+    planned = plan.measured(cell.level)
+    return planned - missed < plan.attainment * planned
+
+
+def _written(path: Path) -> int:
+    return records.count(path) if path.exists() else 0
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write a value as JSON; a file that was there stays whole until the new one is."""
+    replace(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def replace(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all, whatever happens in between."""
+    draft = path.with_name(path.name + ".draft")
+    try:
+        draft.write_bytes(content)
+        draft.rename(path)
+    except OSError:
+        draft.unlink(missing_ok=True)
+        raise

@@ -1,0 +1,156 @@
+"""Any targets, open loops, limits, the search for the saturation and the ladder: from a folder to figures."""
+
+import json
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from experiment.analysis.analyse import analyse
+from experiment.analysis.results import JSON, load
+from loadtest.records import Record
+from tests.unit.experiment.folders import CLIENT, ENVIRONMENT, SECOND, change_json, make_record, write_records
+
+LADDER = [
+    {"name": "one", "kind": "hf", "args": ""},
+    {"name": "batch", "kind": "hf", "args": "--engine batch"},
+    {"name": "paged", "kind": "hf", "args": "--engine continuous"},
+    {"name": "vllm", "kind": "vllm", "args": ""},
+]
+LIMITS = {"ttft_seconds": 0.5, "e2e_seconds": 1.5}
+
+
+def requests(ttft: float, rate: float = 1.0, count: int = 20, growth: float = 0.0) -> list[Record]:
+    """An open loop in which all that is sent waits so long for its first token, and each one more than the one before.
+
+    Three more tokens come in the second after the first, or in a tenth of that.
+    """
+    found = []
+    for index in range(count):
+        sent = round(index / rate * SECOND)
+        first = sent + round((ttft + growth * index) * SECOND)
+        stamps = [first, *(first + part * SECOND // 30 for part in (1, 2, 3))]
+        times = {"scheduled_ns": sent - SECOND // 10, "sent_ns": sent, "chunk_ns": stamps, "end_ns": stamps[-1]}
+        found.append(make_record(index=index, chunk_tokens=[1] * 4, **times))
+    return found
+
+
+def make(folder: Path, cells: list[tuple[str, float, int, bool, list[Record]]], **plan: Any) -> Path:
+    """A folder with cells of target, level, repeat, search and records."""
+    for index, (target, level, repeat, search, records) in enumerate(cells, 1):
+        own = folder / "cells" / f"{index:02d}-{target}-q{level:g}-r{repeat}"
+        write_records_in(own, records)
+        state = {"index": index, "target": target, "level": level, "repeat": repeat, "seed": 1, "search": search}
+        state |= {"planned_requests": len(records), "complete": True, "start_ns": 0, "end_ns": 100 * SECOND}
+        (own / "cell.json").write_text(json.dumps(state))
+        (own / "client.json").write_text(json.dumps(CLIENT))
+    kept = {"model": "m", "targets": LADDER[:1] + LADDER[3:], "arrival": "poisson", "levels": [1.0], "repeats": 1}
+    (folder / "plan.json").write_text(json.dumps(kept | {"limits": LIMITS, "attainment": 0.9} | plan))
+    (folder / "environment.json").write_text(json.dumps(ENVIRONMENT))
+    (folder / "status.json").write_text(json.dumps({"state": "complete", "reason": None}))
+    return folder
+
+
+def write_records_in(folder: Path, records: list[Record]) -> None:
+    folder.mkdir(parents=True)
+    write_records(folder / "records.arrow", records)
+
+
+def summary(folder: Path) -> JSON:
+    return analyse(load(folder))
+
+
+def test_every_target_is_compared_with_the_first_one_and_the_ladder_with_its_neighbours(tmp_path: Path) -> None:
+    waits = {"one": 0.8, "batch": 0.4, "paged": 0.2, "vllm": 0.1}
+    cells = [(name, 1.0, repeat, False, requests(wait)) for repeat in (1, 2) for name, wait in waits.items()]
+    found = summary(make(tmp_path, cells, targets=LADDER, repeats=2))
+    assert (found["baseline"], found["targets"]) == ("one", list(waits))
+    assert found["valid"] is True
+    (level,) = found["levels"]
+    ratios = {name: ratio["ttft_seconds"]["value"] for name, ratio in level["ratios"].items()}
+    assert ratios == pytest.approx({"batch": 2, "paged": 4, "vllm": 8})
+    steps = [(step["from"], step["to"], step["adds"]) for step in found["ladder"]]
+    assert steps == [
+        ("one", "batch", "batching"),
+        ("batch", "paged", "continuous batching and paging"),
+        ("paged", "vllm", "kernels and scheduling"),
+    ]
+    throughput = [figures["output_throughput_mean"] for figures in level["targets"].values()]
+    assert [step["ratio"]["value"] for step in found["ladder"]] == pytest.approx(
+        [after / before for before, after in pairwise(throughput)]
+    )
+    assert found["headline"].count("At 1 requests/s ") == 3
+
+
+def test_figures_of_an_open_loop_count_from_the_schedule_and_are_held_against_the_limits(tmp_path: Path) -> None:
+    slow = [*requests(0.4, count=10), make_record(index=10, sent_ns=10 * SECOND, end_ns=11 * SECOND, error="timeout")]
+    found = summary(make(tmp_path, [("one", 1.0, 1, False, slow), ("vllm", 1.0, 1, False, requests(0.6))]))
+    one, vllm = (found["levels"][0]["targets"][name] for name in ("one", "vllm"))
+    assert one["response_seconds"]["mean"] == pytest.approx(0.1 + 0.4 + 0.1)
+    assert one["normalized_latency"] == pytest.approx(0.6 / 4)
+    assert (one["attainment"], vllm["attainment"]) == (pytest.approx(10 / 11), 0)
+    # Ten were good, in the time from 0 until the last one, sent at 10 s, failed.
+    assert one["goodput"] == pytest.approx(10 / 11)
+    assert vllm["goodput"] == 0
+    assert "goodput" not in found["levels"][0]["ratios"]["vllm"]
+    assert found["limits"] == LIMITS
+
+
+def test_without_limits_there_is_no_goodput_and_no_attainment(tmp_path: Path) -> None:
+    cells = [(name, 1.0, 1, False, requests(0.1)) for name in ("one", "vllm")]
+    found = summary(make(tmp_path, cells, limits={}))["levels"][0]["targets"]["one"]
+    assert (found["goodput"], found["attainment"]) == (None, None)
+
+
+def test_a_search_is_told_what_its_cells_came_to_and_they_belong_to_no_level(tmp_path: Path) -> None:
+    cells = [(name, 1.0, 1, False, requests(0.1)) for name in ("one", "vllm")]
+    searched = [(2.0, 0.1), (4.0, 0.9), (2.83, 0.2), (3.36, 0.8), (2.85, 0.7)]
+    cells += [("vllm", rate, 1, True, requests(wait, rate)) for rate, wait in searched]
+    folder = make(tmp_path, cells)
+    # One that can no longer meet its limits is stopped.
+    change_json(folder / "cells" / "04-vllm-q4-r1" / "client.json", complete=False)
+    found = summary(folder)
+    vllm = found["saturation"]["vllm"]
+    assert list(found["saturation"]) == ["vllm"]
+    assert vllm["rate"] == 2.83
+    assert vllm["reason"] == "2.83 requests/s met the limits and 2.85 did not"
+    assert [cell["met"] for cell in vllm["cells"]] == [True, False, True, False, False]
+    assert [level["level"] for level in found["levels"]] == [1.0]
+    assert (found["valid"], len(found["cells"])) == (True, 7)
+
+
+def drifting(folder: Path, arrival: str) -> JSON:
+    cells = [
+        ("one", 1.0, 1, False, requests(0.1, count=60, growth=0.05)),
+        ("vllm", 1.0, 1, False, requests(0.1, count=60)),
+    ]
+    return summary(make(folder, cells, arrival=arrival))
+
+
+def test_a_closed_loop_that_drifts_makes_the_run_invalid(tmp_path: Path) -> None:
+    found = drifting(tmp_path, "closed")
+    (gate,) = [gate for gate in found["gates"] if not gate["passed"]]
+    assert (gate["id"], gate["rule"]) == ("no-drift", "no cell drifted")
+    assert gate["found"].startswith("cell 1: ttft_seconds rose by 1")
+    assert found["levels"][0]["targets"]["one"]["unstable"] == [1]
+
+
+def test_a_queue_that_grows_in_an_open_loop_takes_the_verdicts_on_latency_alone(tmp_path: Path) -> None:
+    found = drifting(tmp_path, "poisson")
+    assert found["valid"] is True
+    assert "over-saturated" in next(gate["found"] for gate in found["gates"] if gate["id"] == "no-drift")
+    verdicts = {metric: ratio["verdict"] for metric, ratio in found["levels"][0]["ratios"]["vllm"].items()}
+    assert {metric for metric, verdict in verdicts.items() if verdict == "invalid"} == {
+        *("ttft_seconds", "tpot_seconds", "e2e_seconds", "response_seconds", "normalized_latency")
+    }
+    assert found["cells"][0]["drift"].startswith("ttft_seconds rose")
+    assert found["cells"][1]["drift"] is None
+
+
+def test_gates_have_names_of_their_own(tmp_path: Path) -> None:
+    found = summary(make(tmp_path, [("one", 1.0, 1, False, requests(0.1))]))
+    names = [gate["id"] for gate in found["gates"]]
+    assert names == ["cells", "answered", "same-work", "no-drift", "client-complete", "client-fast"]
+    assert found["gates"][3]["found"] == "no trend; 1 of 1 cells were long enough to tell"
+    assert found["gates"][0]["found"] == "missing or short: vllm at 1 requests/s, repeat 1"

@@ -1,0 +1,115 @@
+"""The texts of a report: the same in both languages, and the verdict in one sentence."""
+
+import re
+from pathlib import Path
+from string import Formatter
+from typing import Any
+
+import pytest
+
+from experiment import report
+from experiment.analysis.results import JSON
+from experiment.report import look, sentence, words
+from experiment.report.words import LANGUAGES, Words
+
+RATIO = {"value": 2.0, "low": 1.5, "high": 2.5, "verdict": "faster", "first": 1234.4, "second": 2468.8}
+EQUAL = RATIO | {"value": 1.01, "low": 0.9, "high": 1.1, "verdict": "no detectable difference"}
+ALONE = RATIO | {"low": None, "high": None, "verdict": "no detectable difference"}
+
+
+def placeholders(text: str) -> set[tuple[str, str | None]]:
+    return {(name, form) for _, name, form, _ in Formatter().parse(text) if name is not None}
+
+
+def test_both_languages_have_the_same_keys_with_the_same_placeholders() -> None:
+    english, chinese = (words.read(language) for language in LANGUAGES)
+    assert list(english) == list(chinese)
+    assert {key: placeholders(text) for key, text in english.items()} == {
+        key: placeholders(text) for key, text in chinese.items()
+    }
+
+
+def test_every_text_of_the_chinese_is_chinese_but_for_names_and_signs() -> None:
+    same = {key for key, text in words.read("zh").items() if not re.search("[\u4e00-\u9fff]", text)}
+    names = {"ttft", "tpot", "limit.ttft_seconds", "limit.tpot_seconds", "limit.e2e_seconds", "col.throughput"}
+    signs = {"join.sentences", "join.clauses", "join.list", "ratio", "col.part", "column.allocator", "verdict.level"}
+    assert same <= names | signs | {"row.percentiles"}
+
+
+def test_every_text_is_used() -> None:
+    source = "".join(path.read_text(encoding="utf-8") for path in Path(report.__file__).parent.glob("*.[pj]*"))
+    used = set(re.findall(r'"([a-z0-9_.]+)"', source))
+    # Beginnings of keys whose ends are names of other things.
+    found = re.findall(r'(?:named|words|t)\(f?"([a-z_]+)(?:"|\.(?:"|\{))', source)
+    groups = tuple(f"{group}." for group in [*found, "h", "fig", "why", "is", "unit", "metric"])
+    assert [key for key in words.read("en") if key not in used and not key.startswith(groups)] == []
+
+
+def frame(language: str, targets: tuple[str, ...] = ("hf", "vllm"), closed: bool = True) -> look.Frame:
+    return look.Frame(Words(language), targets, closed)
+
+
+def summary(ratios: JSON, **changes: Any) -> JSON:
+    levels = [{"level": 1, "ratios": {"vllm": {"output_throughput": EQUAL}}}, {"level": 4, "ratios": ratios}]
+    return {"state": "complete", "valid": True, "baseline": "hf", "levels": levels, "saturation": {}} | changes
+
+
+@pytest.mark.parametrize(
+    ("ratios", "changes", "english", "chinese"),
+    [
+        (
+            {"vllm": {"output_throughput": RATIO}},
+            {},
+            "At concurrency 4 vLLM made 2.00 times (95 % interval 1.50 to 2.50) the output tokens per second of HF: "
+            "2,469 against 1,234.",
+            "并发 4 时，vLLM 每秒输出的 token 数是 HF 的 2.00 倍（95% 置信区间 1.50 至 2.50）：2,469 对 1,234。",  # noqa: RUF001
+        ),
+        (
+            {"vllm": {"output_throughput": EQUAL}},
+            {"state": "partial"},
+            "Partial run. At concurrency 4 vLLM made 1.01 times (95 % interval 0.90 to 1.10) the output tokens per "
+            "second of HF: 2,469 against 1,234, which is no detectable difference.",
+            "未检测到差异",
+        ),
+        ({"vllm": {"output_throughput": ALONE}}, {}, "(one repeat, so no interval and no verdict)", "只有一次重复"),
+        ({}, {"levels": []}, "No comparison: there is no level that two servers ran to its end.", "无法比较"),
+        (
+            {"vllm": {"output_throughput": RATIO | {"verdict": "invalid"}}},
+            {"valid": False},
+            "The comparison is not valid: see which rule failed.",
+            "本次比较无效",
+        ),
+        ({}, {}, "At concurrency 1 vLLM made 1.01 times", "并发 1 时"),
+        (
+            {},
+            {"saturation": {"hf": {"rate": None, "cells": []}, "vllm": {"rate": 12.345, "cells": []}}},
+            "The highest rate at which the limits were met: HF met them at no rate that was tried; "
+            "vLLM 12.3 requests/s.",
+            "vLLM 为 12.3 请求/秒",
+        ),
+    ],
+)
+def test_the_verdict_is_one_sentence_in_each_language(ratios: JSON, changes: JSON, english: str, chinese: str) -> None:
+    assert english in sentence.verdict(frame("en"), summary(ratios, **changes))
+    assert chinese in sentence.verdict(frame("zh"), summary(ratios, **changes))
+
+
+def test_of_many_targets_the_one_that_gains_most_is_told_in_full() -> None:
+    slow = RATIO | {"value": 1.5}
+    found = {"a": {"output_throughput": slow}, "vllm": {"output_throughput": RATIO}, "b": {"ttft_seconds": RATIO}}
+    told = sentence.verdict(frame("en", ("hf", "a", "b", "vllm")), summary(found))
+    assert told.startswith("At concurrency 4 vLLM made 2.00 times")
+    assert told.endswith("against 1,234; a 1.50 times.")
+
+
+def test_in_an_open_loop_the_time_from_the_schedule_is_compared() -> None:
+    found = {"vllm": {"output_throughput": EQUAL, "e2e_seconds": EQUAL, "response_seconds": RATIO | {"value": 3}}}
+    told = sentence.verdict(frame("en", closed=False), summary(found))
+    assert told.startswith("At 4 requests/s vLLM answered 3.00 times (95 % interval 1.50 to 2.50) as fast as HF")
+
+
+def test_a_name_without_a_text_is_said_as_it_is() -> None:
+    assert Words("zh").named("gate", "new", "a new rule") == "a new rule"
+    assert Words("zh").named("line", "GPU 0 used") == "GPU 0 used"
+    with pytest.raises(KeyError, match="nothing"):
+        Words("en")("nothing")

@@ -1,0 +1,57 @@
+"""What the load generator is told, when a cell is lost, and files that are whole or not there."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from experiment.analysis import requests
+from experiment.plan.plan import Target
+from experiment.run import cell as run
+from tests.unit.experiment.folders import SECOND, make_plan, make_record
+
+OPEN = make_plan(levels=[2], arrival="poisson", requests=100, limits={"ttft_seconds": 1}, attainment=0.9)
+
+
+@pytest.mark.parametrize(("kind", "user"), [("hf", "hf"), ("vllm", "vllm"), ("url", "vllm")])
+def test_a_target_is_sent_to_as_one_of_the_two_servers_that_the_load_test_knows(kind: str, user: str) -> None:
+    url = "http://there" if kind == "url" else ""
+    assert run.user_of(Target.model_validate({"name": "a", "kind": kind, "url": url})) == user
+
+
+@given(st.integers(0, 100), st.integers(0, 100))
+def test_a_cell_is_lost_once_the_rest_cannot_make_up_for_what_missed(missed: int, met: int) -> None:
+    cell = OPEN.cell(1, "hf", 2, 1, search=True)
+    stamps = {"chunk_ns": [SECOND // 10, SECOND], "chunk_tokens": [2, 2]}
+    good, bad = make_record(**stamps), make_record(sent_ns=-SECOND, **stamps)
+    warmup = [make_record(sent_ns=-SECOND, phase="warmup", **stamps)] * 50
+    assert run.is_lost(OPEN, cell, requests.of([*warmup, *[bad] * missed, *[good] * met])) == (missed > 10)
+
+
+def test_options_become_flags_that_values_cannot_break_out_of() -> None:
+    assert run.flags({"model": "--help", "users": 3}) == ["--model=--help", "--users=3"]
+
+
+def test_json_is_written_whole_and_leaves_no_draft(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    run.write_json(path, {"a": 1})
+    run.write_json(path, {"a": 2})
+    assert json.loads(path.read_text()) == {"a": 2}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_failed_write_keeps_the_file_that_was_there(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    run.write_json(path, {"a": 1})
+    with pytest.raises(TypeError):
+        run.write_json(path, {"a": object()})
+    assert json.loads(path.read_text()) == {"a": 1}
+
+
+def test_a_target_that_cannot_be_replaced_leaves_no_draft(tmp_path: Path) -> None:
+    (tmp_path / "a.json" / "in the way").mkdir(parents=True)
+    with pytest.raises(OSError, match=r"a\.json"):
+        run.write_json(tmp_path / "a.json", 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
