@@ -13,7 +13,6 @@ from experiment.analysis.results import JSON, CellResult, Results, pairs, target
 from experiment.analysis.saturation import Search
 from experiment.analysis.steady import Steady
 
-NAMES = {"hf": "HF", "vllm": "vLLM"}
 RATES = ("output_throughput", "goodput")
 
 
@@ -23,7 +22,7 @@ class Figures:
 
     results: Results
     steady: dict[int, Steady]
-    drifts: dict[int, str]
+    drifts: dict[int, dict[str, float]]
 
     @property
     def limits(self) -> dict[str, float]:
@@ -38,7 +37,7 @@ class Figures:
 
 
 def analyse(results: Results) -> JSON:
-    """Compute everything that a report shows; the keys are those of summary.json."""
+    """Compute everything that a report shows; the keys are those of summary.json, which adds the `headline`."""
     complete = [cell for cell in results.cells if cell.complete]
     measured = {cell.index: steady.measure(cell.requests) for cell in complete}
     of_levels = {cell.index: measured[cell.index] for cell in complete if not cell.search}
@@ -49,13 +48,13 @@ def analyse(results: Results) -> JSON:
     levels = [_level(figures, level, valid) for level in sorted(plan["levels"])]
     levels = [level for level in levels if level["targets"]]
     return {
-        "headline": _headline(plan, levels, valid, results.partial),
         "state": results.status["state"],
         "reason": results.status["reason"],
         "valid": valid,
         "baseline": names[0],
         "targets": names,
         "arrival": plan["arrival"],
+        "together": plan["together"],
         "limits": figures.limits,
         "gates": judged,
         "levels": levels,
@@ -63,35 +62,6 @@ def analyse(results: Results) -> JSON:
         "ladder": _ladder(figures, valid),
         "cells": [_cell_summary(cell, figures) for cell in results.cells],
     }
-
-
-def _headline(plan: JSON, levels: Sequence[JSON], valid: bool, partial: bool) -> str:
-    """A sentence for each target on the highest level that it and the baseline ran."""
-    baseline, *others = targets(plan)
-    told = []
-    for name in others:
-        ratios = [(level["level"], found) for level in levels if (found := level["ratios"].get(name))]
-        told += [
-            _sentence(plan, baseline, name, level, found["output_throughput"], valid)
-            for level, found in ratios[-1:]
-            if "output_throughput" in found
-        ]
-    if not told:
-        return "No comparison: there is no level that two servers ran to its end."
-    sentence = f"{'Partial run. ' if partial else ''}{' '.join(told)}"
-    return sentence if valid else f"{sentence} The comparison is not valid: see which rule failed."
-
-
-def _sentence(plan: JSON, baseline: str, name: str, level: float, ratio: JSON, valid: bool) -> str:
-    where = f"At concurrency {level:g}" if plan["arrival"] == "closed" else f"At {level:g} requests/s"
-    interval = "" if ratio["low"] is None else f" (95 % interval {ratio['low']:.2f} to {ratio['high']:.2f})"
-    sentence = (
-        f"{where} {NAMES.get(name, name)} made {ratio['value']:.2f} times{interval} the output tokens per second "
-        f"of {NAMES.get(baseline, baseline)}: {ratio['second']:,.0f} against {ratio['first']:,.0f}."
-    )
-    if valid and interval and ratio["verdict"] == "no detectable difference":
-        sentence += " That is no detectable difference."
-    return sentence
 
 
 def _level(figures: Figures, level: float, valid: bool) -> JSON:
@@ -180,8 +150,7 @@ def _saturation(figures: Figures, target: str) -> JSON | None:
         met = share is not None and share >= wanted
         search.tell(cell.level, met)
         told.append({"rate": cell.level, "met": met, "attainment": share, "goodput": figures.rate(cell, "goodput")})
-    rate, reason = search.result
-    return {"rate": rate, "cells": told, "reason": reason}
+    return asdict(search.result) | {"cells": told}
 
 
 def _ladder(figures: Figures, valid: bool) -> list[JSON]:

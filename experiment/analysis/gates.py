@@ -1,6 +1,8 @@
 """The rules that make a comparison valid, each with what was found. Evidence that is missing fails a rule."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from itertools import product
+from typing import Any
 
 import numpy as np
 
@@ -13,39 +15,34 @@ LISTED = 20
 
 
 def judge(results: Results, measured: Mapping[int, Steady]) -> Iterator[JSON]:
-    """Hold a run against each rule: its `id`, its name as `rule`, whether it `passed`, and what was `found`.
+    """Hold a run against each rule: its `id`, whether it `passed`, and what was `found`: findings with their values.
 
     `measured` is what happened inside the window of each cell, by its index. The cells of a search for the saturation
     are there to be overloaded, and are stopped when they are: of them only the load generator's speed is judged.
     """
     cells = [cell for cell in results.cells if not cell.search]
-    planned = [
-        (level, repeat + 1, target)
-        for level in results.plan["levels"]
-        for repeat in range(results.plan["repeats"])
-        for target in targets(results.plan)
-    ]
     whole = {(c.level, c.repeat, c.target): c for c in cells if c.complete and _has_all_records(c)}
-    missing = [
-        f"{target} at {_where(results.plan, level)}, repeat {repeat}"
-        for level, repeat, target in planned
-        if (level, repeat, target) not in whole
-    ]
-    found = f"missing or short: {'; '.join(missing)}" if missing else f"{len(whole)} of {len(planned)}"
-    yield _gate("cells", "every planned cell was run, and each of its requests has a record", not missing, found)
-
+    yield _all_were_run(results.plan, whole.keys())
     failed = stats.errors_by_kind(np.concatenate([np.empty(0, np.int64), *(cell.requests.error for cell in cells)]))
-    kinds = ", ".join(f"{count} {kind}" for kind, count in failed.items()) or "none failed"
-    yield _gate("answered", "every request was answered", not failed, kinds)
+    kinds = [_finding("failed", count=count, kind=kind) for kind, count in failed.items()]
+    yield _gate("answered", against=kinds, otherwise=[_finding("none_failed")])
     yield _same_work(results.plan, list(whole.values()))
+    if results.plan["together"]:
+        yield _loaded_together(list(whole.values()), measured)
     yield _nothing_drifted(results.plan, measured)
     yield _client_came_to_its_end(cells)
     # The load generator stands still while it is stopped.
     yield _client_was_fast_enough([cell for cell in results.cells if not cell.stopped_early])
 
 
-def _where(plan: JSON, level: float) -> str:
-    return f"concurrency {level:g}" if plan["arrival"] == "closed" else f"{level:g} requests/s"
+def _all_were_run(plan: JSON, whole: Collection[tuple[float, int, str]]) -> JSON:
+    planned = list(product(plan["levels"], range(1, plan["repeats"] + 1), targets(plan)))
+    missing = [
+        _finding("missing", level=level, repeat=repeat, target=target)
+        for level, repeat, target in planned
+        if (level, repeat, target) not in whole
+    ]
+    return _gate("cells", against=missing, otherwise=[_finding("cells_run", run=len(whole), planned=len(planned))])
 
 
 def _has_all_records(cell: CellResult) -> bool:
@@ -59,61 +56,89 @@ def _same_work(plan: JSON, whole: Sequence[CellResult]) -> JSON:
         own = [cell for cell in whole if cell.level == level]
         for first, second in (pair for other in others for pair in pairs(own, baseline, other)):
             compared += len(first.requests)
+            values = {"target": second.target, "level": level, "repeat": first.repeat}
             unequal = stats.different_work(first.requests, second.requests)
-            who = f" of {second.target}" if len(others) > 1 else ""
-            different += [f"{_where(plan, level)} repeat {first.repeat} request {index}{who}" for index in unequal]
+            different += [_finding("other_work", **values, request=index) for index in unequal]
     if not others:
-        return _gate("same-work", "all servers did the same work", True, "one server alone")
-    found = f"{compared} pairs, equal prompt and output tokens" if not different else "; ".join(different[:LISTED])
-    passed = compared > 0 and not different
-    return _gate("same-work", "all servers did the same work", passed, found if compared else "no pairs")
+        return _gate("same-work", otherwise=[_finding("one_server")])
+    against = different if compared else [_finding("no_pairs")]
+    return _gate("same-work", against=against, otherwise=[_finding("equal_work", pairs=compared)])
+
+
+def _loaded_together(whole: Sequence[CellResult], measured: Mapping[int, Steady]) -> JSON:
+    """What servers that differ much in speed share of their time is short, and may hold no request of one of them."""
+    against = [
+        _finding("not_together", target=cell.target, level=cell.level, repeat=cell.repeat)
+        for cell in whole
+        if cell.index not in measured or measured[cell.index].output_throughput is None
+    ]
+    shares = [_share_together(cell) for cell in whole]
+    shared = [_finding("together", share=min(shares))] if shares else [_finding("no_cells")]
+    return _gate("together", against=against if shares else shared, otherwise=shared)
+
+
+def _share_together(cell: CellResult) -> float:
+    """How much of the time from a cell's first request to its last answer all servers were under load."""
+    first, last = cell.requests.sent_ns.min(initial=cell.end_ns), cell.requests.end_ns.max(initial=cell.start_ns)
+    start, end = cell.requests.shared_ns or (first, first)
+    return float((end - start) / max(1, last - first))
 
 
 def _nothing_drifted(plan: JSON, measured: Mapping[int, Steady]) -> JSON:
     """In an open loop a queue that grows is a finding, which takes the verdicts on latency of its level alone."""
-    told = [f"cell {index}: {drift}" for index, drift in steady.drifts(measured).items()]
-    closed = plan["arrival"] == "closed"
+    told = [
+        _finding("rose" if change > 0 else "fell", cell=index, metric=metric, change=abs(change))
+        for index, moved in steady.drifts(measured).items()
+        for metric, change in moved.items()
+    ]
     judged = sum(bool(cell.trends) for cell in measured.values())
-    found = "; ".join(told[:LISTED]) or f"no trend; {judged} of {len(measured)} cells were long enough to tell"
-    if told and not closed:
-        found += "; an open loop may be over-saturated: the latencies of that level have no verdict"
-    return _gate("no-drift", "no cell drifted", not told or not closed, found)
+    no_trend = [_finding("no_trend", judged=judged, cells=len(measured))]
+    if plan["arrival"] == "closed":
+        return _gate("no-drift", against=told, otherwise=no_trend)
+    return _gate("no-drift", otherwise=[_finding("over_saturated"), *told] if told else no_trend)
 
 
 def _client_came_to_its_end(cells: Sequence[CellResult]) -> JSON:
-    stopped = [str(cell.index) for cell in cells if cell.client and not cell.client["complete"]]
-    against = _silent(cells) + ([f"not in cell {', '.join(stopped)}"] if stopped else [])
-    rule = "the load generator sent all requests and waited for every answer"
-    return _gate("client-complete", rule, not against, "; ".join(against) or f"in all {len(cells)} cells")
+    stopped = [cell.index for cell in cells if cell.client and not cell.client["complete"]]
+    against = _silent(cells) + ([_finding("stopped", cells=stopped)] if stopped else [])
+    return _gate("client-complete", against=against, otherwise=[_finding("all_cells", count=len(cells))])
 
 
 def _client_was_fast_enough(cells: Sequence[CellResult]) -> JSON:
     """What the load generator says of itself; its limits are its own."""
     judged = [(cell.index, cell.client) for cell in cells if cell.client]
     against = _silent(cells)
-    against += [f"cell {index}: {', '.join(client['reasons'])}" for index, client in judged if not client["valid"]]
-    found = against[:LISTED] or [_worst([client for _, client in judged])]
-    if not all(client["goes_first"] for _, client in judged):
-        found.append("Linux did not let it run before the servers: root and CAP_SYS_NICE may")
-    return _gate("client-fast", "the load generator was fast enough, by its own check", not against, "; ".join(found))
+    against += [
+        _finding("too_slow", cell=index, reasons=client["reasons"]) for index, client in judged if not client["valid"]
+    ]
+    behind = [] if all(client["goes_first"] for _, client in judged) else [_finding("not_first")]
+    worst = list(_worst([client for _, client in judged])) or [_finding("nothing_against")]
+    gate = _gate("client-fast", against=against, otherwise=worst)
+    return gate | {"found": gate["found"] + behind}
 
 
-def _silent(cells: Sequence[CellResult]) -> list[str]:
+def _silent(cells: Sequence[CellResult]) -> list[JSON]:
     """What is missing to know how the load generator did."""
-    silent = [str(cell.index) for cell in cells if not cell.client]
-    return ["no cells"] if not cells else [f"no self-check in cell {', '.join(silent)}"] if silent else []
+    silent = [cell.index for cell in cells if not cell.client]
+    if not cells:
+        return [_finding("no_cells")]
+    return [_finding("no_self_check", cells=silent)] if silent else []
 
 
-def _worst(clients: Sequence[JSON]) -> str:
-    cpu, lag, late = (
-        max((client[name] for client in clients if client[name] is not None), default=None)
-        for name in ("cpu_share", "loop_lag_p99_seconds", "send_lateness_p99_seconds")
-    )
-    told = [f"{cpu:.0%} of a core"] if cpu is not None else []
-    told += [f"loop lag p99 {lag * 1e3:.1f} ms"] if lag is not None else []
-    told += [f"send lateness p99 {late * 1e3:.1f} ms"] if late is not None else []
-    return f"at most {', '.join(told)}" if told else "nothing against it"
+def _worst(clients: Sequence[JSON]) -> Iterator[JSON]:
+    """The most of each figure that a load generator is judged by."""
+    for name in ("cpu_share", "loop_lag_p99_seconds", "send_lateness_p99_seconds"):
+        known = [client[name] for client in clients if client[name] is not None]
+        if known:
+            yield _finding(f"at_most_{name}", value=max(known))
 
 
-def _gate(name: str, rule: str, passed: bool, found: str) -> JSON:
-    return {"id": name, "rule": rule, "passed": passed, "found": found}
+def _finding(name: str, **values: Any) -> JSON:
+    return {"id": name, **values}
+
+
+def _gate(name: str, *, against: Sequence[JSON] = (), otherwise: Sequence[JSON]) -> JSON:
+    """A rule, which fails when anything was found against it."""
+    found = list(against or otherwise)
+    more = [_finding("more", count=len(found) - LISTED)] if len(found) > LISTED else []
+    return {"id": name, "passed": not against, "found": found[:LISTED] + more}

@@ -6,7 +6,7 @@ What is computed from chunks is reduced block by block, so that no more of them 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar, get_args
+from typing import Any, TypeVar, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -49,7 +49,8 @@ class Requests:
     """The requests of a cell, with an element for each in every column; UNKNOWN where a number is not known.
 
     `first_ns` and `last_ns` are the stamps of the first and the last chunk. `error` is a position in ERRORS, or UNKNOWN
-    for a request that was answered. `read` yields all record batches, each time it is called.
+    for a request that was answered. `read` yields all record batches, each time it is called. Where several servers
+    were under load together, `shared_ns` is the time in which all were; else it is None.
     """
 
     index: Longs
@@ -63,6 +64,7 @@ class Requests:
     measured: Flags
     error: Longs
     read: Batches
+    shared_ns: tuple[int, int] | None = None
 
     def __len__(self) -> int:
         return len(self.index)
@@ -135,7 +137,7 @@ def blocks(batches: Iterable[pa.RecordBatch], columns: Sequence[str]) -> Iterato
 def _gather(read: Batches) -> Requests:
     parts = [_columns(table) for table in blocks(read(), records.SCHEMA.names)]
     parts = parts or [_columns(records.SCHEMA.empty_table())]
-    columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    columns: dict[str, Any] = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     measured = columns.pop("measured").astype(np.bool_)
     return Requests(**columns, measured=measured, read=read)
 

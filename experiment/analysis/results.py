@@ -4,7 +4,7 @@ import json
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import jinja2
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from experiment.analysis import requests
+from experiment.analysis import requests, stats
 from experiment.analysis.memory import Memory, cache_table, gather
 from experiment.analysis.requests import Requests, shifted
 from experiment.run import kv
@@ -32,6 +32,7 @@ OLD_PLAN: JSON = {
     "targets": [{"name": "hf", "kind": "hf"}, {"name": "vllm", "kind": "vllm"}],
     "arrival": "closed",
     "limits": {},
+    "together": False,
 }
 
 
@@ -105,6 +106,7 @@ def load(folder: Path) -> Results:
     shifts = {part["boot_id"]: part["shift_ns"] for part in parts}
     cells = [_load_cell(path.parent, shifts) for path in (folder / "cells").glob("*/cell.json")]
     cells.sort(key=lambda cell: cell.index)
+    cells = _together(cells) if plan["together"] else cells
     timeline, samples = [], defaultdict(list)
     for part in parts:
         shift = partial(shifted, shift_ns=part["shift_ns"])
@@ -167,6 +169,27 @@ def _load_cell(folder: Path, shifts: Mapping[str, int]) -> CellResult:
             path=path,
             client=_read_json(client) if client.exists() else None,
         )
+
+
+def _together(cells: Sequence[CellResult]) -> list[CellResult]:
+    """Cells that ran at the same time: measured is only what was sent while all of their servers were under load."""
+    groups: dict[tuple[float, int], list[CellResult]] = defaultdict(list)
+    for cell in cells:
+        groups[cell.level, cell.repeat].append(cell)
+    shared = {key: _shared_ns([cell.requests for cell in group]) for key, group in groups.items()}
+    return [replace(cell, requests=_within(cell.requests, shared[cell.level, cell.repeat])) for cell in cells]
+
+
+def _shared_ns(group: Sequence[Requests]) -> tuple[int, int]:
+    """The time that the steady windows of some cells have in common; it is empty where they have none."""
+    windows = [stats.steady_window(one) or (0, 0) for one in group]
+    start = max(window[0] for window in windows)
+    return start, max(start, min(window[1] for window in windows))
+
+
+def _within(one: Requests, shared_ns: tuple[int, int]) -> Requests:
+    start, end = shared_ns
+    return replace(one, measured=one.measured & (one.sent_ns >= start) & (one.sent_ns < end), shared_ns=shared_ns)
 
 
 def _load_samples(path: Path) -> pa.Table:

@@ -4,9 +4,25 @@ A rate counts as met only while no lower rate was missed, so that answers which 
 boundary they do, give the lower rate and never a longer search.
 """
 
+from dataclasses import dataclass
 from math import sqrt
 
 GROWTH = 2.0
+
+
+@dataclass(frozen=True)
+class Found:
+    """The highest rate that met the limits and the lowest that did not, None where there is none.
+
+    `above` is a rate over that one that met them too, which does not count. The two are `exact` when they are no
+    further apart than `precision`.
+    """
+
+    rate: float | None
+    missed: float | None
+    above: float | None
+    exact: bool
+    precision: float
 
 
 class Search:
@@ -42,19 +58,11 @@ class Search:
         return missed / GROWTH if missed else self._start
 
     @property
-    def result(self) -> tuple[float | None, str]:
-        """The highest rate that met the limits, None when no rate did, and how sure that is."""
-        met, missed = self._met(), self._missed()
-        if not self._told:
-            return None, "no rate was tried"
-        if not met:
-            return None, f"no rate met the limits; the lowest tried was {missed:g} requests/s"
-        if not missed:
-            return met, f"every rate tried met the limits; the highest tried was {met:g} requests/s"
-        how = "" if self._is_exact() else f", further apart than {self._precision:.0%}: the search ended early"
-        against = [rate for rate, good in self._told if good and rate > missed]
-        noise = f"; {max(against):g} met them too, which does not count above a rate that did not" if against else ""
-        return met, f"{met:g} requests/s met the limits and {missed:g} did not{how}{noise}"
+    def result(self) -> Found:
+        """What the search has found so far."""
+        missed = self._missed()
+        above = max((rate for rate, met in self._told if met and missed and rate > missed), default=None)
+        return Found(self._met(), missed, above, self._is_exact(), self._precision)
 
     def _missed(self) -> float | None:
         return min((rate for rate, met in self._told if not met), default=None)

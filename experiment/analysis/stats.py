@@ -95,7 +95,8 @@ def summarize(values: Floats) -> Summary | None:
 def steady_window(requests: Requests) -> Window | None:
     """The time in ns from the first measured request until the load falls below its level, or the last measured ends.
 
-    Before it the load comes up, after it the load goes down: both are cut from the numerator and the denominator.
+    Before it the load comes up, after it the load goes down: both are cut from the numerator and the denominator. So is
+    the time in which not all servers were under load that were to be so together.
     """
     if not requests.measured.any():
         return None
@@ -103,7 +104,8 @@ def steady_window(requests: Requests) -> Window | None:
     after = requests.end_ns[requests.end_ns > last_sent]
     load_falls = after.min() if len(after) else last_sent
     start, end = requests.sent_ns[requests.measured].min(), requests.end_ns[requests.measured].max()
-    return int(start), int(min(load_falls, end))
+    first, last = requests.shared_ns or (start, end)
+    return int(max(start, first)), int(min(load_falls, end, last))
 
 
 def tokens_over_time(requests: Requests, window: Window, parts: int = 1) -> Floats:

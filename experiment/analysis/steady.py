@@ -51,18 +51,18 @@ def measure(requests: Requests) -> Steady:
     return Steady(window, throughput, dict(_trends(requests, window, tokens)))
 
 
-def drifts(cells: Mapping[int, Steady]) -> dict[int, str]:
-    """What has drifted in which cell; the cells are all that are judged together."""
+def drifts(cells: Mapping[int, Steady]) -> dict[int, dict[str, float]]:
+    """By how much what has drifted in which cell, as shares of the mean; the cells are all that are judged together."""
     tests = sum(len(cell.trends) for cell in cells.values())
     found = {}
     for index, cell in cells.items():
-        against = [
-            f"{metric} {'rose' if trend.change > 0 else 'fell'} by {abs(trend.change):.0%}"
+        against = {
+            metric: trend.change
             for metric, trend in cell.trends.items()
             if abs(trend.change) > CHANGE and trend.chance * tests < CHANCE
-        ]
+        }
         if against:
-            found[index] = ", ".join(against)
+            found[index] = against
     return found
 
 

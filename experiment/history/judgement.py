@@ -22,7 +22,9 @@ from experiment.history.two_runs import (
     targets,
 )
 from experiment.plan.rules import RATES, Rules
+from experiment.words import Words, findings
 
+WORDS = Words("en")
 Outcome = Literal["passed", "failed", "invalid"]
 
 
@@ -67,7 +69,8 @@ def verdict(rulings: Sequence[Ruling]) -> Outcome:
 
 def _validity(name: str, run: Run) -> Iterator[Ruling]:
     for found in run.summary["gates"]:
-        yield Ruling(f"{name} is valid", found["rule"], "passed" if found["passed"] else "invalid", found["found"])
+        rule, told = findings.rule(WORDS, found), findings.found(WORDS, found, run.summary["arrival"])
+        yield Ruling(f"{name} is valid", rule, "passed" if found["passed"] else "invalid", told)
     state, reason = run.summary["state"], run.summary["reason"]
     whole: Outcome = "passed" if state == "complete" else "invalid"
     yield Ruling(f"{name} is valid", "the run came to its planned end", whole, reason or state)

@@ -35,6 +35,7 @@ class Entry:
     targets: list[str] | None = None
     arrival: str | None = None
     levels: list[float] | None = None
+    together: bool | None = None
 
 
 def list_runs(arguments: Sequence[str], console: Console) -> int:
@@ -88,6 +89,7 @@ def line(entry: Entry) -> str:
     if entry.levels:
         unit = "concurrency" if entry.arrival == "closed" else "requests/s"
         parts.append(f"{unit} {', '.join(f'{level:g}' for level in entry.levels)}")
+    parts += ["together"] if entry.together else []
     return "  ".join([*parts, entry.told])
 
 
@@ -107,6 +109,7 @@ def _comparison(folder: Path) -> Entry:
         model=str(plan["model"]),
         targets=targets(plan),
         arrival=plan["arrival"],
+        together=bool(plan["together"]),
         levels=[float(level) for level in plan.get("levels") or plan["concurrency"]],
     )
 

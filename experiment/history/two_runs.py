@@ -17,7 +17,7 @@ from experiment.plan.rules import RATES
 
 Verdict = Literal["better", "worse", "no detectable difference", "invalid"]
 # Keys of the plan that say what was asked of the servers: where they differ, so does what was measured.
-WORK = ("model", "workload", "input_mean", "output_mean", "sigma", "arrival")
+WORK = ("model", "workload", "input_mean", "output_mean", "sigma", "arrival", "together")
 # Keys of the plan that do not shape what is measured.
 ELSEWHERE = ("out", "hf_port", "vllm_port", "monitor_port", "start_seconds", "cell_seconds", "gate")
 GIB = 2**30

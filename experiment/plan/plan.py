@@ -106,6 +106,7 @@ class Plan(BaseModel):
     resident: Literal["all", "one"] = Field(
         "all", description="servers that are up at once; one: each is started for its cells and stopped after them"
     )
+    together: bool = Field(False, description="load all servers at the same time, where by default one at a time is")
     workload: Literal["lognormal", "classic", "sharegpt", "alpaca"] = Field("lognormal", description="what is sent")
     input_mean: float = Field(64, ge=1, description="lognormal: mean prompt length in tokens")
     output_mean: float = Field(48, ge=1, description="lognormal: mean output length in tokens")
@@ -162,6 +163,8 @@ class Plan(BaseModel):
             raise ValueError("saturation: true: needs arrival poisson or constant, and limits such as ttft_seconds")
         if self.resident == "one" and not self.max_model_len:
             raise ValueError("max_model_len: None: resident one needs it, as no server knows the others' limit")
+        if self.together and (self.resident == "one" or self.saturation or len(self.targets) < 2):
+            raise ValueError("together: True: needs two targets or more, resident all, and no saturation")
         names = [target.name for target in self.targets]
         if unknown := [name for name in self.gate.targets if name not in names]:
             raise ValueError(f"gate.targets: {unknown[0]!r}: expected names of targets: {', '.join(names)}")
@@ -190,6 +193,12 @@ class Plan(BaseModel):
         """A cell, whose seed depends on its level and repeat but not on its target."""
         seed = self.seed + 1_000_000 * round(1000 * level) + 10_000_000_000_000_000 * repeat
         return Cell(index, target, level, repeat, seed, self.arrival, search)
+
+    def groups(self) -> list[list[Cell]]:
+        """The cells in the order in which they run, in lists of those that run at the same time."""
+        cells = list(self.cells())
+        size = len(self.targets) if self.together else 1
+        return [cells[start : start + size] for start in range(0, len(cells), size)]
 
     def cells(self) -> Iterator[Cell]:
         """Yield the cells in the order in which they run.

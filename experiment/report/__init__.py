@@ -14,8 +14,8 @@ from experiment.report.formats import filters
 from experiment.report.look import Frame
 from experiment.report.paging import sketch
 from experiment.report.quantiles import quantiles
-from experiment.report.words import LANGUAGES, Words
 from experiment.run.kv import REASONS
+from experiment.words import LANGUAGES, Words, findings
 
 Drawn = dict[str, dict[str, str]]
 
@@ -27,7 +27,8 @@ def write(folder: Path) -> JSON:
     """
     results = load(folder)
     with damage_named(folder):
-        summary = analyse(results)
+        figures = analyse(results)
+        summary = {"headline": sentence.verdict(frame_of(figures, "en"), figures), **figures}
         text = json.dumps(summary, indent=2, allow_nan=False)
         drawn = draw(results, summary)
         html = page(results, summary, drawn)
@@ -78,6 +79,7 @@ def page(results: Results, summary: JSON, drawn: Drawn) -> str:
         lstrip_blocks=True,
     )
     environment.filters.update(filters())
+    environment.globals.update(rule=findings.rule, found=findings.found, search_end=findings.search_end)
     known = _known(summary)
     frames = {language: frame_of(summary, language) for language in LANGUAGES}
     return environment.get_template("page.html.j2").render(

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from experiment.report.layers import amount
-from experiment.report.words import Words
+from experiment.words import Words
 
 
 def filters() -> dict[str, Callable[..., str]]:

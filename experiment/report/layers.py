@@ -13,8 +13,8 @@ from experiment.analysis.memory import GAP_NS, MAX_POINTS, Layer, Memory, Window
 from experiment.analysis.requests import Flags, Floats
 from experiment.analysis.results import JSON
 from experiment.report.look import COLORS, INK, Frame, columns, heading, legend_on_top, room_for, svg, table
-from experiment.report.words import Words
 from experiment.run.kv import REASONS
+from experiment.words import Words
 
 # What is drawn of the device and the allocator.
 LINES = {"allocated": COLORS[4], "reserved": "#8c959f", "used": COLORS[5], "reserved by the driver": "#8c959f"}
@@ -37,7 +37,7 @@ WIDTHS = {"memory-narrow": 290, "memory": 1080}
 
 def draw(frame: Frame, memory: Memory, summary: JSON) -> dict[str, str]:
     """Draw the chart of memory, if there is a cell and a sample in its time, in each of `WIDTHS`."""
-    cells = summary["cells"]
+    cells = _groups(summary["cells"]) if summary["together"] else summary["cells"]
     if not cells:
         return {}
     window = min(cell["start_ns"] for cell in cells), max(cell["end_ns"] for cell in cells)
@@ -48,6 +48,16 @@ def draw(frame: Frame, memory: Memory, summary: JSON) -> dict[str, str]:
         return {}
     sampled = Memory(series, dict(sorted(caches.items(), key=lambda item: frame.slot(item[0]))))
     return {name: _draw(Drawing(frame, window, name, panels), sampled, cells) for name in WIDTHS}
+
+
+def _groups(cells: Sequence[JSON]) -> list[JSON]:
+    """Cells that ran at the same time as one that is of no target."""
+    found: dict[tuple[float, int], JSON] = {}
+    for cell in cells:
+        one = found.setdefault((cell["level"], cell["repeat"]), cell | {"target": ""})
+        one["start_ns"] = min(one["start_ns"], cell["start_ns"])
+        one["end_ns"] = max(one["end_ns"], cell["end_ns"])
+    return list(found.values())
 
 
 @dataclass(frozen=True)

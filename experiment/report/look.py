@@ -11,7 +11,7 @@ import altair as alt
 import vl_convert
 
 from experiment.analysis.results import JSON
-from experiment.report.words import Words
+from experiment.words import NAMES, Words, name_of
 
 Chart = alt.LayerChart | alt.FacetChart | alt.VConcatChart
 
@@ -22,7 +22,6 @@ INK, GRID, PAPER = "#59636e", "#d8dee4", "#ffffff"
 # Okabe and Ito's colours, which the colour-blind tell apart too; shapes tell targets apart in grey.
 COLORS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#6e7781")
 SHAPES = ("circle", "square", "triangle-up", "diamond", "cross")
-NAMES = {"hf": "HF", "vllm": "vLLM"}
 CONFIG: JSON = {
     "background": "transparent",
     "font": "system-ui, sans-serif",
@@ -48,7 +47,7 @@ class Frame:
 
     def name(self, target: str) -> str:
         """What the report calls a target."""
-        return NAMES.get(target, target)
+        return name_of(target)
 
     def slot(self, target: str) -> int:
         """The place of a target's colour: hf and vllm have the same in every report, the others by their order."""
@@ -64,7 +63,7 @@ class Frame:
 
     def level(self, level: float) -> str:
         """A level in words: requests in flight, or requests a second."""
-        return self.words("level.closed" if self.closed else "level.open", level=f"{level:g}")
+        return self.words.level(level, closed=self.closed)
 
     def by_target(self, field: str = "target:N") -> dict[str, Any]:
         """Encode the target as colour and shape, with one legend for both."""

@@ -7,11 +7,11 @@ from experiment.report.look import Frame
 
 
 def verdict(frame: Frame, summary: JSON) -> str:
-    """What the run found: where each target saturates, else how each compares with the baseline at the last level."""
+    """What a run found: where each target saturates, else how each compares with the baseline, else the one alone."""
     words = frame.words
-    found = _saturation(frame, summary) or _comparison(frame, summary) or words("verdict.none")
+    found = _saturation(frame, summary) or _comparison(frame, summary) or _alone(frame, summary)
     parts = [words("verdict.partial")] if summary["state"] != "complete" else []
-    parts.append(found)
+    parts.append(found or words("verdict.none"))
     if not summary["valid"]:
         parts.append(words("verdict.invalid"))
     return words("join.sentences").join(parts)
@@ -35,9 +35,30 @@ def _comparison(frame: Frame, summary: JSON) -> str | None:
             ratios = {target: found[metric] for target, found in level["ratios"].items() if found.get(metric)}
             if ratios:
                 clauses = _clauses(frame, summary["baseline"], ratios, metric)
-                where = frame.words("verdict.closed" if frame.closed else "verdict.open", level=level["level"])
-                return frame.words("verdict.level", where=where, clauses=clauses)
+                return frame.words("verdict.level", where=_where(frame, summary, level["level"]), clauses=clauses)
     return None
+
+
+def _where(frame: Frame, summary: JSON, level: float) -> str:
+    """The load of a level, and whether all servers bore it at once."""
+    where = frame.words("verdict.closed" if frame.closed else "verdict.open", level=level)
+    return frame.words("verdict.together", where=where) if summary["together"] else where
+
+
+def _alone(frame: Frame, summary: JSON) -> str | None:
+    """What a run of one target found at its last level; None for a run of several, or without a figure."""
+    words, levels = frame.words, summary["levels"]
+    if len(frame.targets) > 1 or not levels:
+        return None
+    target, figures = next(iter(levels[-1]["targets"].items()))
+    tokens, ttft = figures["output_throughput_mean"], figures["ttft_seconds"]
+    if tokens is None or ttft is None:
+        return None
+    told = [words("verdict.alone", target=frame.name(target), tokens=tokens, ttft=ttft["mean"] * 1e3)]
+    if figures["attainment"] is not None:
+        told.append(words("verdict.attained", share=figures["attainment"]))
+    where = _where(frame, summary, levels[-1]["level"])
+    return words("verdict.level", where=where, clauses=words("join.clauses").join(told))
 
 
 def _clauses(frame: Frame, baseline: str, ratios: Mapping[str, JSON], metric: str) -> str:

@@ -1,10 +1,11 @@
-"""Runs one cell: starts the load generator, watches it and the servers, and keeps what it leaves."""
+"""Runs cells: starts a load generator for each, watches it and the servers, and keeps what it leaves."""
 
 import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -31,26 +32,53 @@ class Bench:
     options: Mapping[str, object]
 
 
-def run_cell(bench: Bench, cell: Cell, folder: Path, report: Callable[[int], None]) -> None:
-    """Run a cell into a new folder; raises RunError, KeyboardInterrupt or OSError with its records kept."""
-    plan = bench.plan
-    target = next(target for target in plan.targets if target.name == cell.target)
-    between = settle(plan, bench.stack)
+@dataclass(frozen=True)
+class Work:
+    """A load generator at work on a cell, and what cell.json says of it."""
+
+    cell: Cell
+    folder: Path
+    program: Program
+    state: dict[str, Any]
+
+    @property
+    def records(self) -> Path:
+        """Where the requests that have ended are."""
+        return self.folder / "records.arrow"
+
+
+def run_cells(bench: Bench, cells: Sequence[Cell], folder: Path, report: Callable[[int], None]) -> None:
+    """Run cells at the same time, each into a new folder in `folder`; they are complete when all came to their end.
+
+    Raises RunError, KeyboardInterrupt or OSError with the records of all kept.
+    """
+    between = settle(bench.plan, bench.stack)
+    works: list[Work] = []
+    try:
+        for cell in cells:
+            # One by one, so that those that have begun are ended when another cannot begin.
+            works.append(_begin(bench, cell, folder / cell.name, between))  # noqa: PERF401
+        stopped_early = _watch(bench, works, report)
+        for work in works:
+            work.state.update(complete=True, stopped_early=stopped_early)
+    finally:
+        for work in works:
+            if work.program.process.poll() is None:
+                work.program.process.terminate()
+        for work in works:
+            end(work.program.process, LOADTEST_STOP_SECONDS)
+            work.state["end_ns"] = time.monotonic_ns()
+            write_json(work.folder / "cell.json", work.state)
+
+
+def _begin(bench: Bench, cell: Cell, folder: Path, between: Mapping[str, object]) -> Work:
     folder.mkdir(parents=True)
-    state: dict[str, Any] = asdict(cell) | {"planned_requests": plan.total(cell.level), "boot_id": boot_id()}
+    state: dict[str, Any] = asdict(cell) | {"planned_requests": bench.plan.total(cell.level), "boot_id": boot_id()}
     state |= {**between, "start_ns": time.monotonic_ns(), "end_ns": None, "complete": False, "stopped_early": False}
     write_json(folder / "cell.json", state)
+    target = next(target for target in bench.plan.targets if target.name == cell.target)
     process = spawn(_command(bench, cell, target, folder), folder / "locust.log", {})
-    program = Program("the load generator", process, folder / "locust.log", "")
-    try:
-        state["stopped_early"] = _watch(bench, cell, program, folder / "records.arrow", report)
-        state["complete"] = True
-    finally:
-        if process.poll() is None:
-            process.terminate()
-        end(process, LOADTEST_STOP_SECONDS)
-        state["end_ns"] = time.monotonic_ns()
-        write_json(folder / "cell.json", state)
+    return Work(cell, folder, Program("the load generator", process, folder / "locust.log", ""), state)
 
 
 def workload_options(plan: Plan, stack: Stack) -> dict[str, object]:
@@ -95,35 +123,46 @@ def _command(bench: Bench, cell: Cell, target: Target, folder: Path) -> list[str
     return [*locust, *flags(options), user_of(target).upper()]
 
 
-def _watch(bench: Bench, cell: Cell, loadtest: Program, written: Path, report: Callable[[int], None]) -> bool:
-    """Wait for the load generator; returns whether a cell of a search was told before its end that it fails.
+def _watch(bench: Bench, works: Sequence[Work], report: Callable[[int], None]) -> bool:
+    """Wait for load generators; returns whether a cell of a search was told before its end that it fails.
 
-    Raises RunError when the load generator, a server or the time for the cell comes to an end.
+    Raises RunError when a load generator, a server or the time for the cells comes to an end.
     """
-    plan, stack = bench.plan, bench.stack
+    plan = bench.plan
     deadline = time.monotonic() + plan.cell_seconds
     judged = time.monotonic()
-    code = None
-    while code is None:
-        try:
-            code = loadtest.process.wait(0.2)
-        except subprocess.TimeoutExpired:
-            stack.check()
-            if time.monotonic() > deadline:
-                raise RunError(f"--cell-seconds: cell {cell.name} was not done after {plan.cell_seconds:g} s") from None
-        report(_written(written))
-        if code is None and cell.search and time.monotonic() - judged > JUDGE_SECONDS:
+    running = list(works)
+    while running:
+        with suppress(subprocess.TimeoutExpired):
+            running[0].program.process.wait(0.2)
+        ended = [work for work in running if work.program.process.poll() is not None]
+        running = [work for work in running if work not in ended]
+        report(sum(_written(work.records) for work in works))
+        for work in ended:
+            _require_whole(bench, work)
+        if not running:
+            return False
+        bench.stack.check()
+        cell = running[0].cell
+        if time.monotonic() > deadline:
+            raise RunError(f"--cell-seconds: cell {cell.name} was not done after {plan.cell_seconds:g} s")
+        if cell.search and time.monotonic() - judged > JUDGE_SECONDS:
             judged = time.monotonic()
+            written = running[0].records
             if written.exists() and is_lost(plan, cell, requests.load(written)):
                 return True
-    if code:
-        loadtest.check()
-    if any(record.error for record in records.read(written)):
-        # Requests fail before a server's end is seen: give it the time to show.
-        stack.require_healthy(cell.target)
-    if _written(written) != plan.total(cell.level):
-        raise RunError(f"the load generator ended early. {loadtest.tail()}")
     return False
+
+
+def _require_whole(bench: Bench, work: Work) -> None:
+    """Raise RunError when a load generator that has ended did not end well, or left less than all records."""
+    if work.program.process.returncode:
+        work.program.check()
+    if any(record.error for record in records.read(work.records)):
+        # Requests fail before a server's end is seen: give it the time to show.
+        bench.stack.require_healthy(work.cell.target)
+    if _written(work.records) != bench.plan.total(work.cell.level):
+        raise RunError(f"the load generator ended early. {work.program.tail()}")
 
 
 def is_lost(plan: Plan, cell: Cell, ended: Requests) -> bool:

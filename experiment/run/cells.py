@@ -6,7 +6,7 @@ A run has a part for each time that it was begun or resumed; what is sampled all
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from experiment.analysis import requests, stats
 from experiment.analysis.saturation import Search
 from experiment.plan.plan import Cell, Plan, Target
-from experiment.run.cell import Bench, replace, run_cell, user_of, workload_options
+from experiment.run.cell import Bench, replace, run_cells, user_of, workload_options
 from experiment.run.kv import IDLE_NS, NEVER_NS, Sampling
 from experiment.run.model import token_of_vllm
 from experiment.run.stack import Stack, get
@@ -49,29 +49,30 @@ class Runner:
         )
         self._took: dict[tuple[str, float], list[float]] = {}
 
-    def run(self, cell: Cell, planned: list[Cell]) -> Path:
-        """Run a cell unless that was done; returns its folder. `planned` are all whose time is foreseen."""
-        folder = self._folder / "cells" / cell.name
-        if is_complete(folder):
-            return folder
-        self._bench.stack.focus(cell.target)
-        self.sample(next(target for target in self._plan.targets if target.name == cell.target))
-        self.kv.focus(cell.target)
-        rest = [one for one in planned if one.index >= cell.index]
-        label = f"cell {cell.index}{f'/{len(planned)}' if rest else ''}: {cell.target}, {cell.load}"
+    def run(self, cells: Sequence[Cell], planned: list[Cell]) -> None:
+        """Run cells at the same time unless that was done; `planned` are all whose time is foreseen."""
+        folder, first = self._folder / "cells", cells[0]
+        if all(is_complete(folder / cell.name) for cell in cells):
+            return
+        for cell in cells:
+            self._bench.stack.focus(cell.target)
+            self.sample(next(target for target in self._plan.targets if target.name == cell.target))
+        self.kv.focus([cell.target for cell in cells])
+        rest = [one for one in planned if one.index >= first.index]
+        label = _label(cells, len(planned))
         left = time_left(rest, self._took) if rest else "search"
-        total = self._plan.total(cell.level)
+        total = sum(self._plan.total(cell.level) for cell in cells)
         task = self.progress.add_task(label, total=total, left=left)
         if not self._console.is_terminal:
             self._console.print(f"{label}, {total} requests; {left}", markup=False)
         started = time.monotonic()
-        run_cell(self._bench, cell, folder, partial(self._show, task))
+        run_cells(self._bench, cells, folder, partial(self._show, task))
         self.timeline.keep()
-        self._took.setdefault((cell.target, cell.level), []).append(time.monotonic() - started)
+        for cell in cells:
+            self._took.setdefault((cell.target, cell.level), []).append((time.monotonic() - started) / len(cells))
         self.progress.remove_task(task)
         if self._console.is_terminal:
             self._console.print(f"{label}: done in {time.monotonic() - started:.0f} s")
-        return folder
 
     def sample(self, target: Target) -> None:
         """Sample the KV cache of a server that is up, from now on."""
@@ -92,27 +93,35 @@ def run_plan(plan: Plan, stack: Stack, folder: Path, console: Console, part: int
     with runner.progress, runner.timeline, runner.kv:
         for target in plan.targets if plan.resident == "all" else []:
             runner.sample(target)
-        for cell in planned:
-            runner.run(cell, planned)
+        for cells in plan.groups():
+            runner.run(cells, planned)
         if plan.saturation:
-            _search(plan, runner, len(planned))
+            _search(plan, runner, folder, len(planned))
 
 
-def _search(plan: Plan, runner: Runner, index: int) -> None:
+def _search(plan: Plan, runner: Runner, folder: Path, index: int) -> None:
     """Search the highest rate of each target that meets the limits; a resumed search takes the cells it had."""
     for target in plan.targets:
         search = Search(max(plan.levels), SEARCH_CELLS)
         while (rate := search.next_rate()) is not None:
             index += 1
             cell = plan.cell(index, target.name, rate, 1, search=True)
-            folder = runner.run(cell, [])
-            search.tell(rate, attained(plan, cell, folder) >= plan.attainment)
+            runner.run([cell], [])
+            search.tell(rate, attained(plan, cell, folder / "cells" / cell.name) >= plan.attainment)
 
 
 def attained(plan: Plan, cell: Cell, folder: Path) -> float:
     """Share of a cell's measured requests, also of those never sent, that met every limit."""
     kept = requests.load(folder / "records.arrow")
     return float((kept.measured & stats.meets(kept, plan.limits)).sum() / plan.measured(cell.level))
+
+
+def _label(cells: Sequence[Cell], planned: int) -> str:
+    """Cells that run at the same time in words."""
+    first, of = cells[0], f"/{planned}" if planned else ""
+    if len(cells) == 1:
+        return f"cell {first.index}{of}: {first.target}, {first.load}"
+    return f"cells {first.index} to {cells[-1].index}{of}: {', '.join(c.target for c in cells)} together, {first.load}"
 
 
 def is_complete(folder: Path) -> bool:

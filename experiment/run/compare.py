@@ -47,7 +47,7 @@ def resume(folder: Path, console: Console) -> int:
     plan, part = parts.read(folder)
     try:
         _require_ports(plan)
-        parts.resume(folder, part)
+        parts.resume(folder, plan, part)
     except (RunError, OSError) as error:
         return _fail(error, FAILED)
     console.print(f"Going on with {folder}; its complete cells are kept.", markup=False)

@@ -10,7 +10,7 @@ import re
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
@@ -263,11 +263,11 @@ class Sampling:
     def __contains__(self, target: str) -> bool:
         return target in self._samplers
 
-    def focus(self, target: str) -> None:
-        """Sample this server at full rate and the others at rest; raises what ended a sampling early."""
+    def focus(self, targets: Collection[str]) -> None:
+        """Sample these servers at full rate and the others at rest; raises what ended a sampling early."""
         for name, sampler in self._samplers.items():
             sampler.check()
-            sampler.pace(LOADED_NS if name == target else self._rest_ns)
+            sampler.pace(LOADED_NS if name in targets else self._rest_ns)
 
 
 def read(path: Path) -> pa.Table:

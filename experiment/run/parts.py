@@ -52,10 +52,16 @@ def read(folder: Path) -> tuple[Plan, int]:
     return plan, len(begun) + 1
 
 
-def resume(folder: Path, part: int) -> None:
-    """Put aside the cells that are not complete and note the new part; raises OSError."""
-    for cell in sorted((folder / "cells").iterdir()):
-        if not is_complete(cell):
+def resume(folder: Path, plan: Plan, part: int) -> None:
+    """Put aside the cells that are not complete, with those that ran beside them, and note the new part.
+
+    Raises OSError.
+    """
+    cells = folder / "cells"
+    groups = ([cells / cell.name for cell in group] for group in plan.groups())
+    broken = {cell for group in groups if not all(map(is_complete, group)) for cell in group}
+    for cell in sorted(cells.iterdir()):
+        if cell in broken or not is_complete(cell):
             aside = folder / "set-aside" / f"{part - 1}-{cell.name}"
             aside.parent.mkdir(exist_ok=True)
             cell.rename(aside)

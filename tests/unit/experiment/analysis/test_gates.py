@@ -14,6 +14,7 @@ import pytest
 
 from experiment.analysis.gates import judge
 from experiment.analysis.results import JSON, load
+from experiment.words import Words, findings
 from loadtest import calibrate
 from loadtest.records import count
 from loadtest.reference.probe import reference
@@ -21,7 +22,7 @@ from tests.unit.experiment.folders import make_folder
 
 ROOT = Path(__file__).parents[4]
 CELL = "cells/01-hf-c2-r1"
-FAST, WHOLE = "by its own check", "waited for every answer"
+FAST, WHOLE = "client-fast", "client-complete"
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +52,7 @@ def send(url: str, folder: Path, requests: int) -> subprocess.Popen[bytes]:
 
 def gate(run: Path, client: Path, rule: str) -> JSON:
     shutil.copy(client, run / CELL / "client.json")
-    return next(gate for gate in judge(load(run), {}) if rule in gate["rule"])
+    return next(gate for gate in judge(load(run), {}) if gate["id"] == rule)
 
 
 def test_what_the_load_generator_says_against_a_run_fails_a_rule(tmp_path: Path, url: str) -> None:
@@ -67,7 +68,8 @@ def test_what_the_load_generator_says_against_a_run_fails_a_rule(tmp_path: Path,
 
     fast = gate(run, tmp_path / "whole" / "client.json", FAST)
     assert not fast["passed"]
-    assert "cell 1: chunks_per_second_max: " in fast["found"]
-    assert "at most 10" in fast["found"]
+    told = findings.found(Words("en"), fast, "closed")
+    assert "cell 1: chunks_per_second_max: " in told
+    assert "at most 10" in told
     assert gate(run, tmp_path / "whole" / "client.json", WHOLE)["passed"]
-    assert gate(run, tmp_path / "stopped" / "client.json", WHOLE)["found"] == "not in cell 1"
+    assert gate(run, tmp_path / "stopped" / "client.json", WHOLE)["found"] == [{"id": "stopped", "cells": [1]}]

@@ -11,12 +11,15 @@ import pytest
 from experiment.analysis.analyse import analyse
 from experiment.analysis.results import JSON, ResultError, load, write_tables
 from experiment.plan.plan import Cell, Plan
+from experiment.report import frame_of, sentence
+from experiment.words import Words, findings
 from loadtest.keeper import summarize
 from loadtest.records import Record
 from monitor.timeline import Series
 from tests.unit.experiment.folders import (
     CLIENT,
     PROCESS,
+    SECOND,
     SPEEDS,
     change_json,
     change_records,
@@ -45,7 +48,12 @@ def verdicts(summary: JSON) -> set[str]:
 
 
 def failed_gates(summary: JSON) -> list[str]:
-    return [f"{gate['rule']}: {gate['found']}" for gate in summary["gates"] if not gate["passed"]]
+    english, failed = Words("en"), [gate for gate in summary["gates"] if not gate["passed"]]
+    return [f"{findings.rule(english, gate)}: {findings.found(english, gate, 'closed')}" for gate in failed]
+
+
+def headline(summary: JSON) -> str:
+    return sentence.verdict(frame_of(summary, "en"), summary)
 
 
 def changed(record: Record, **changes: Any) -> Record:
@@ -83,7 +91,7 @@ def test_figures_of_a_server_are_those_of_its_measured_requests(folder: Path) ->
 @pytest.mark.parametrize(("state", "start"), [("complete", "At concurrency 2 "), ("partial", "Partial")])
 def test_the_headline_says_whether_the_run_is_partial(tmp_path: Path, state: str, start: str) -> None:
     summary = summary_of(make_folder(tmp_path, state=state))
-    assert summary["headline"].startswith(start)
+    assert headline(summary).startswith(start)
     assert summary["state"] == state
 
 
@@ -97,7 +105,7 @@ def test_a_run_that_was_killed_is_partial(tmp_path: Path) -> None:
         # 4 tokens/s of HF in both repeats, 12 and 12.4 of vLLM.
         (0.1, ("At concurrency 2 ", "3.05 times (95 % interval 2.48 to 3.76)", "12 against 4.")),
         # 8 and 16 of vLLM: two repeats that differ so much say nothing.
-        (2, ("2.83 times (95 % interval 0.03 to 231.22)", "12 against 4. That is no detectable difference.")),
+        (2, ("2.83 times (95 % interval 0.03 to 231.22)", "12 against 4, which is no detectable difference.")),
     ],
 )
 def test_the_headline_shows_the_interval_and_whether_it_says_anything(
@@ -106,15 +114,14 @@ def test_the_headline_shows_the_interval_and_whether_it_says_anything(
     def speed(cell: Cell) -> float:
         return 1.0 if cell.target == "hf" else (3.0 if growth < 1 else 2.0) + growth * (cell.repeat - 1)
 
-    headline = summary_of(make_folder(tmp_path, speed=speed))["headline"]
+    told = headline(summary_of(make_folder(tmp_path, speed=speed)))
     for part in parts:
-        assert part in headline
-    assert headline.endswith(parts[-1])
+        assert part in told
+    assert told.endswith(parts[-1])
 
 
 def test_the_headline_of_one_repeat_has_no_interval(tmp_path: Path) -> None:
-    headline = summary_of(make_folder(tmp_path, make_plan(repeats=1)))["headline"]
-    assert "2.00 times the output tokens" in headline
+    assert "2.00 times the output tokens" in headline(summary_of(make_folder(tmp_path, make_plan(repeats=1))))
 
 
 def test_the_headline_is_of_the_highest_level_that_both_ran(tmp_path: Path) -> None:
@@ -122,10 +129,49 @@ def test_the_headline_is_of_the_highest_level_that_both_ran(tmp_path: Path) -> N
     folder = make_folder(tmp_path, plan, state="partial")
     shutil.rmtree(folder / "cells" / "04-vllm-c8-r1")
     summary = summary_of(folder)
-    assert "At concurrency 2 " in summary["headline"]
+    assert "At concurrency 2 " in headline(summary)
     lonely = next(level for level in summary["levels"] if level["level"] == 8)
     assert list(lonely["targets"]) == ["hf"]
     assert not lonely["ratios"]
+
+
+def beside(plan: Plan, folder: Path, slower: float) -> Path:
+    """A run whose two servers began at the same moment, the first of them so many times slower than one token a s."""
+    make_folder(folder, plan, speed=lambda cell: 1 / slower if cell.target == "hf" else 1.0)
+    for group in plan.groups():
+        for cell in group:
+            back = (cell.index - group[0].index) * 1000 * SECOND
+            change_records(folder, cell.name, lambda records, back=back: [sooner(r, back) for r in records])
+    return folder
+
+
+def sooner(record: Record, ns: int) -> Record:
+    stamps = [stamp - ns for stamp in record.chunk_ns]
+    return changed(record, sent_ns=record.sent_ns - ns, end_ns=record.end_ns - ns, chunk_ns=stamps)
+
+
+def test_of_servers_under_load_together_only_the_time_in_which_all_were_is_measured(tmp_path: Path) -> None:
+    plan = make_plan(levels=[2], requests=12, repeats=1, together=True)
+    summary = summary_of(beside(plan, tmp_path, slower=2))
+    hf, vllm = summary["levels"][0]["targets"].values()
+    # vLLM sends a request a second, 15 in all, and HF one in two: it had sent its first measured one after 4 s, and
+    # when vLLM's last was sent after 14 s it had sent 5 of its 12.
+    assert (hf["requests"], vllm["requests"]) == (5, 10)
+    assert (hf["output_throughput"], vllm["output_throughput"]) == (
+        [pytest.approx(2, rel=0.1)],
+        [pytest.approx(4, rel=0.1)],
+    )
+    (gate,) = [gate for gate in summary["gates"] if gate["id"] == "together"]
+    assert gate["passed"]
+    assert headline(summary).startswith("At concurrency 2, all servers under load at once, vLLM made 2.00 times")
+    assert next(gate for gate in summary["gates"] if gate["id"] == "same-work")["passed"]
+
+
+def test_servers_that_were_never_under_load_together_make_the_run_invalid(tmp_path: Path) -> None:
+    plan = make_plan(levels=[2], requests=4, repeats=1, together=True)
+    summary = summary_of(beside(plan, tmp_path, slower=50))
+    assert "no request while all were under load" in "".join(failed_gates(summary))
+    assert summary["valid"] is False
 
 
 def test_a_level_that_no_server_ran_is_left_out(tmp_path: Path) -> None:
@@ -139,7 +185,7 @@ def test_a_run_in_which_nothing_was_measured_compares_nothing(tmp_path: Path) ->
     folder = make_folder(tmp_path, state="partial")
     shutil.rmtree(folder / "cells")
     summary = summary_of(folder)
-    assert summary["headline"].startswith("No comparison")
+    assert headline(summary).startswith("No comparison")
     assert (summary["levels"], summary["cells"], summary["valid"]) == ([], [], False)
 
 
@@ -239,7 +285,7 @@ def stop_client(folder: Path) -> None:
         (lose_repeat, "every planned cell"),
         (cut_cell, "every planned cell"),
         (fail_request, "every request was answered: 1 timeout"),
-        (do_other_work, "the same work: concurrency 2 repeat 1 request 3"),
+        (do_other_work, "the same work: vLLM, 2 in flight, repeat 1, request 3: other token counts"),
         (
             burn_client,
             "fast enough, by its own check: cell 1: cpu_share: 0.95: at most 0.8",
@@ -257,7 +303,7 @@ def test_one_fault_makes_every_verdict_invalid_and_says_which_rule_failed(folder
     assert any(rule in gate for gate in failed_gates(summary)), failed_gates(summary)
     assert summary["valid"] is False
     assert verdicts(summary) == {"invalid"}
-    assert "not valid" in summary["headline"]
+    assert "not valid" in headline(summary)
 
 
 def test_a_fault_at_one_level_makes_the_verdicts_at_all_levels_invalid(tmp_path: Path) -> None:
@@ -277,7 +323,8 @@ def test_a_failed_request_is_counted_and_has_no_latency(folder: Path) -> None:
 
 def test_a_client_that_was_not_let_first_is_hinted_at(folder: Path) -> None:
     change_json(folder / "cells" / FIRST / "client.json", goes_first=False)
-    assert any("CAP_SYS_NICE" in gate["found"] for gate in summary_of(folder)["gates"])
+    found = [one["id"] for gate in summary_of(folder)["gates"] for one in gate["found"]]
+    assert "not_first" in found
 
 
 def test_a_cell_that_was_killed_ends_with_its_last_record(folder: Path) -> None:

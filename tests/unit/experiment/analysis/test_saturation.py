@@ -27,7 +27,7 @@ def test_any_capacity_within_128_times_of_the_start_is_found_within_5_percent_in
     capacity = start * 2**distance
     search = Search(start)
     rates = run(search, lambda rate: rate <= capacity)
-    found, _ = search.result
+    found = search.result.rate
     assert len(rates) <= 12
     assert found is not None
     assert found <= capacity <= found * 1.05
@@ -40,7 +40,7 @@ def test_answers_that_are_noisy_near_the_boundary_end_the_search_near_it(
     draw = random.Random(seed)
     search = Search(start)
     rates = run(search, lambda rate: rate <= capacity * (1 + noise * draw.uniform(-1, 1)))
-    found, _ = search.result
+    found = search.result.rate
     assert len(rates) <= 12
     if found is not None:
         assert capacity * (1 - noise) / 2 <= found <= capacity * (1 + noise)
@@ -55,9 +55,8 @@ def test_whatever_the_answers_the_search_ends_and_a_rate_that_counts_was_met_and
     while (rate := search.next_rate()) is not None:
         told.append((rate, answers[len(told)]))
         search.tell(*told[-1])
-    found, reason = search.result
+    found = search.result.rate
     assert len(told) <= cells
-    assert reason
     assert found is None or ((found, True) in told and not any(rate <= found for rate, met in told if not met))
     assert found is not None or not any(met for _, met in told)
 
@@ -66,28 +65,27 @@ def test_a_rate_that_was_met_above_one_that_was_not_does_not_count() -> None:
     search = Search(8.0)
     for rate, met in ((8, True), (4, False), (2, True)):
         search.tell(rate, met)
-    found, reason = search.result
-    assert found == 2
-    assert "8 met them too" in reason
+    assert (search.result.rate, search.result.missed, search.result.above) == (2, 4, 8)
     assert search.next_rate() == pytest.approx(8**0.5)
 
 
 @pytest.mark.parametrize(
-    ("told", "found", "reason"),
+    ("told", "found"),
     [
-        ([], None, "no rate was tried"),
-        ([(4, False), (2, False)], None, "no rate met the limits; the lowest tried was 2 requests/s"),
-        ([(4, True), (8, True)], 8, "every rate tried met the limits; the highest tried was 8"),
-        ([(4, True), (8, False)], 4, "4 requests/s met the limits and 8 did not, further apart than 5%"),
-        ([(4, True), (4.1, False)], 4, "4 requests/s met the limits and 4.1 did not"),
+        ([], (None, None, False)),
+        ([(4, False), (2, False)], (None, 2, False)),
+        ([(4, True), (8, True)], (8, None, False)),
+        ([(4, True), (8, False)], (4, 8, False)),
+        ([(4, True), (4.1, False)], (4, 4.1, True)),
     ],
 )
-def test_the_result_says_how_sure_it_is(told: list[tuple[float, bool]], found: float | None, reason: str) -> None:
+def test_the_result_says_how_sure_it_is(
+    told: list[tuple[float, bool]], found: tuple[float | None, float | None, bool]
+) -> None:
     search = Search(4.0)
     for rate, met in told:
         search.tell(rate, met)
-    assert search.result[0] == found
-    assert search.result[1].startswith(reason)
+    assert (search.result.rate, search.result.missed, search.result.exact) == found
 
 
 @pytest.mark.parametrize("arguments", [(0,), (-1,), (float("inf"),), (float("nan"),), (1, 0), (1, 12, 0)])

@@ -27,9 +27,11 @@ def columns(sent: Floats, first: Floats, last: Floats, warmup: int) -> Requests:
     batch = pa.record_batch([lists, none], ["chunk_ns", "chunk_tokens"])
     index = np.arange(len(sent))
     unknown = np.full(len(sent), UNKNOWN)
-    times = {"sent_ns": ns(sent), "end_ns": ns(last), "first_ns": ns(first), "last_ns": ns(last)}
     return Requests(
-        **times,
+        sent_ns=ns(sent),
+        end_ns=ns(last),
+        first_ns=ns(first),
+        last_ns=ns(last),
         index=index,
         scheduled_ns=unknown,
         prompt_tokens=np.full(len(sent), 9),
@@ -64,8 +66,8 @@ def poisson(draw: np.random.Generator, rate: float, count: int) -> Floats:
     return np.cumsum(draw.exponential(1 / rate, count))
 
 
-def drifts(requests: Requests) -> str:
-    return steady.drifts({1: steady.measure(requests)}).get(1, "")
+def drifts(requests: Requests) -> dict[str, float]:
+    return steady.drifts({1: steady.measure(requests)}).get(1, {})
 
 
 @pytest.mark.parametrize(("seats", "count"), [(1, 60), (4, 60), (4, 400), (16, 200), (16, 800)])
@@ -86,13 +88,13 @@ def test_a_stable_queue_in_an_open_loop_is_seldom_said_to_drift(load: float, cou
 def test_a_queue_that_grows_is_found(load: float) -> None:
     draw = np.random.default_rng(7)
     found = [drifts(queue(draw, poisson(draw, 8 * load, 400), 8, 400)) for _ in range(100)]
-    assert sum("ttft_seconds rose" in one for one in found) >= 95, found
+    assert sum(one.get("ttft_seconds", 0) > 0 for one in found) >= 95, found
 
 
 def test_a_closed_loop_whose_server_becomes_slower_is_found() -> None:
     draw = np.random.default_rng(8)
     found = [drifts(queue(draw, None, 4, 400, slower=3.0)) for _ in range(100)]
-    assert sum("output_throughput fell" in one for one in found) >= 95, found
+    assert sum(one.get("output_throughput", 0) < 0 for one in found) >= 95, found
 
 
 def test_a_cell_that_is_too_short_is_not_judged() -> None:
@@ -118,5 +120,5 @@ def test_a_small_trend_is_no_drift_however_sure_it_is_and_the_tests_share_the_ch
         return {index: Steady((0, 1), 1.0, trends) for index in range(many)}
 
     assert steady.drifts(cells(1, ttft_seconds=Trend(0.29, 1e-9))) == {}
-    assert steady.drifts(cells(1, ttft_seconds=Trend(-0.5, 0.009))) == {0: "ttft_seconds fell by 50%"}
+    assert steady.drifts(cells(1, ttft_seconds=Trend(-0.5, 0.009))) == {0: {"ttft_seconds": -0.5}}
     assert steady.drifts(cells(2, ttft_seconds=Trend(-0.5, 0.009))) == {}

@@ -44,6 +44,7 @@ def test_a_run_says_when_what_and_how_it_ended(results: Path) -> None:
         targets=["hf", "vllm"],
         arrival="closed",
         levels=[1, 2],
+        together=False,
     )
     assert (found["unreported"].state, found["unreported"].valid) == ("partial", None)
     assert found["unreported"].told == f"to write its report: headroom report {results / 'unreported'}"

@@ -17,7 +17,7 @@ from experiment.analysis.analyse import analyse
 from experiment.analysis.results import JSON, load
 from experiment.report import caches, charts, look, tables
 from experiment.report.quantiles import POINTS, quantiles, thinned
-from experiment.report.words import Words
+from experiment.words import Words
 from tests.unit.experiment.analysis.test_analyse import LADDER, make, requests
 from tests.unit.experiment.folders import make_folder, make_plan, write_kv
 

@@ -18,7 +18,7 @@ from experiment.analysis.live import caches
 from experiment.analysis.results import load
 from experiment.plan.plan import Plan
 from experiment.report import formats, layers, look
-from experiment.report.words import Words
+from experiment.words import Words
 from monitor.timeline import Series
 from tests.unit.experiment.analysis.test_analyse import LADDER, make, requests
 from tests.unit.experiment.folders import (

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from experiment import report
+from experiment import report, words
 from experiment.analysis.results import JSON
-from experiment.report import look, sentence, words
-from experiment.report.words import LANGUAGES, Words
+from experiment.report import look, sentence
+from experiment.words import LANGUAGES, Words
 
 RATIO = {"value": 2.0, "low": 1.5, "high": 2.5, "verdict": "faster", "first": 1234.4, "second": 2468.8}
 EQUAL = RATIO | {"value": 1.01, "low": 0.9, "high": 1.1, "verdict": "no detectable difference"}
@@ -37,11 +37,12 @@ def test_every_text_of_the_chinese_is_chinese_but_for_names_and_signs() -> None:
 
 
 def test_every_text_is_used() -> None:
-    source = "".join(path.read_text(encoding="utf-8") for path in Path(report.__file__).parent.glob("*.[pj]*"))
+    folders = (Path(package.__file__).parent for package in (report, words))
+    source = "".join(path.read_text(encoding="utf-8") for folder in folders for path in folder.glob("*.[pj]*"))
     used = set(re.findall(r'"([a-z0-9_.]+)"', source))
     # Beginnings of keys whose ends are names of other things.
     found = re.findall(r'(?:named|words|t)\(f?"([a-z_]+)(?:"|\.(?:"|\{))', source)
-    groups = tuple(f"{group}." for group in [*found, "h", "fig", "why", "is", "unit", "metric"])
+    groups = tuple(f"{group}." for group in [*found, "h", "fig", "why", "is", "unit", "metric", "gate", "found"])
     assert [key for key in words.read("en") if key not in used and not key.startswith(groups)] == []
 
 
@@ -51,7 +52,8 @@ def frame(language: str, targets: tuple[str, ...] = ("hf", "vllm"), closed: bool
 
 def summary(ratios: JSON, **changes: Any) -> JSON:
     levels = [{"level": 1, "ratios": {"vllm": {"output_throughput": EQUAL}}}, {"level": 4, "ratios": ratios}]
-    return {"state": "complete", "valid": True, "baseline": "hf", "levels": levels, "saturation": {}} | changes
+    whole = {"state": "complete", "valid": True, "together": False, "baseline": "hf", "saturation": {}}
+    return whole | {"levels": levels} | changes
 
 
 @pytest.mark.parametrize(

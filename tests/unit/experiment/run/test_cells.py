@@ -40,13 +40,14 @@ class Server:
         self.folder, self.capacity = folder, capacity
         self.ran: list[Cell] = []
 
-    def run(self, cell: Cell, planned: list[Cell]) -> Path:
+    def run(self, cells: list[Cell], planned: list[Cell]) -> None:
         assert planned == []
+        (cell,) = cells
         self.ran.append(cell)
         sent_ns = 0 if cell.level <= self.capacity else -10 * SECOND
         record = make_record(sent_ns=sent_ns, chunk_ns=[SECOND // 10, SECOND], chunk_tokens=[1, 3])
-        write_records(self.folder / cell.name / "records.arrow", [record] * OPEN.measured(cell.level))
-        return self.folder / cell.name
+        path = self.folder / "cells" / cell.name / "records.arrow"
+        write_records(path, [record] * OPEN.measured(cell.level))
 
 
 OPEN = make_plan(arrival="poisson", levels=[1, 2], limits={"ttft_seconds": 1}, requests=4, saturation=True)
@@ -55,7 +56,7 @@ OPEN = make_plan(arrival="poisson", levels=[1, 2], limits={"ttft_seconds": 1}, r
 @pytest.mark.parametrize("capacity", [0.11, 2.0, 7.3, 150.0])
 def test_the_search_of_each_target_ends_at_its_capacity(tmp_path: Path, capacity: float) -> None:
     server = Server(tmp_path / "a", capacity)
-    run._search(OPEN, server, 8)  # type: ignore[arg-type]
+    run._search(OPEN, server, server.folder, 8)  # type: ignore[arg-type]
     assert [cell.index for cell in server.ran] == list(range(9, 9 + len(server.ran)))
     for name in ("hf", "vllm"):
         rates = [cell.level for cell in server.ran if cell.target == name]
@@ -64,7 +65,7 @@ def test_the_search_of_each_target_ends_at_its_capacity(tmp_path: Path, capacity
         assert max(rate for rate in rates if rate <= capacity) == pytest.approx(capacity, rel=0.06)
     assert all(cell.search for cell in server.ran)
     again = Server(tmp_path / "b", capacity)
-    run._search(OPEN, again, 8)  # type: ignore[arg-type]
+    run._search(OPEN, again, again.folder, 8)  # type: ignore[arg-type]
     assert again.ran == server.ran
 
 

@@ -38,17 +38,25 @@ def test_complete_cells_stay_and_others_are_put_aside(folder: Path) -> None:
     make_cell(folder, "01-hf-c1-r1", complete=True)
     make_cell(folder, "02-vllm-c1-r1", complete=False)
     (folder / "cells" / "03-hf-c1-r2").mkdir()  # killed before it had a cell.json
-    parts.resume(folder, 2)
+    parts.resume(folder, make_plan(), 2)
     assert [cell.name for cell in (folder / "cells").iterdir()] == ["01-hf-c1-r1"]
     assert sorted(cell.name for cell in (folder / "set-aside").iterdir()) == ["1-02-vllm-c1-r1", "1-03-hf-c1-r2"]
     make_cell(folder, "02-vllm-c1-r1", complete=False)
-    parts.resume(folder, 3)
+    parts.resume(folder, make_plan(), 3)
     assert "2-02-vllm-c1-r1" in [cell.name for cell in (folder / "set-aside").iterdir()]
+
+
+def test_a_cell_is_put_aside_with_those_that_ran_beside_it(folder: Path) -> None:
+    plan = make_plan(together=True)
+    for number, (name, complete) in enumerate([("hf", True), ("vllm", True), ("vllm", True), ("hf", False)]):
+        make_cell(folder, f"0{number + 1}-{name}-c2-r{number // 2 + 1}", complete=complete)
+    parts.resume(folder, plan, 2)
+    assert sorted(cell.name for cell in (folder / "cells").iterdir()) == ["01-hf-c2-r1", "02-vllm-c2-r1"]
 
 
 def test_each_part_says_when_it_began_and_what_was_different(folder: Path) -> None:
     change_json(folder / "environment.json", python="2.7")
-    parts.resume(folder, 2)
+    parts.resume(folder, make_plan(), 2)
     environment = json.loads((folder / "environment.json").read_text())
     first, second = environment["parts"]
     assert environment["python"] == "2.7"

@@ -1,4 +1,4 @@
-"""The texts of a report in each language: one YAML file each, with the same keys and placeholders."""
+"""The texts of reports and rules in each language: one YAML file each, with the same keys and placeholders."""
 
 from functools import cache
 from importlib.resources import files
@@ -7,6 +7,13 @@ import yaml
 
 # The first is shown where nothing says which one the reader wants.
 LANGUAGES = {"en": "English", "zh": "中文"}
+# What the targets of most plans are called; the others have the names that the plan gives them.
+NAMES = {"hf": "HF", "vllm": "vLLM"}
+
+
+def name_of(target: str) -> str:
+    """What people read for the name of a target."""
+    return NAMES.get(target, target)
 
 
 class Words:
@@ -23,6 +30,10 @@ class Words:
     def named(self, group: str, name: str, otherwise: str | None = None) -> str:
         """What `name` is called in a group of names that may grow, such as gates; else `otherwise`, else itself."""
         return self._texts.get(f"{group}.{name}", name if otherwise is None else otherwise)
+
+    def level(self, level: float, *, closed: bool) -> str:
+        """A level: requests in flight, or in an open loop requests a second."""
+        return self("level.closed" if closed else "level.open", level=f"{level:g}")
 
 
 @cache
