@@ -47,6 +47,7 @@ def analyse(results: Results) -> JSON:
     valid = all(gate["passed"] for gate in judged)
     levels = [_level(figures, level, valid) for level in sorted(plan["levels"])]
     levels = [level for level in levels if level["targets"]]
+    steps = _ladder(figures, valid)
     return {
         "state": results.status["state"],
         "reason": results.status["reason"],
@@ -55,11 +56,14 @@ def analyse(results: Results) -> JSON:
         "targets": names,
         "arrival": plan["arrival"],
         "together": plan["together"],
+        # A server that ran already was not told of it.
+        "kv_budget": None if any(target.get("url") for target in plan["targets"]) else plan.get("kv_budget"),
         "limits": figures.limits,
         "gates": judged,
         "levels": levels,
         "saturation": {name: found for name in names if (found := _saturation(figures, name))},
-        "ladder": _ladder(figures, valid),
+        "ladder": steps,
+        "ladder_product": ladder.product(steps),
         "cells": [_cell_summary(cell, figures) for cell in results.cells],
     }
 

@@ -4,6 +4,7 @@ Static batching alone is a rung of its own. Continuous batching and paging come 
 ratio holds both. From there to vLLM everything else changes at once: its kernels, its scheduler, its sampler.
 """
 
+import math
 import shlex
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
@@ -45,6 +46,23 @@ def _between(low: str, up: str) -> str:
     """What all rungs above `low` up to `up` add."""
     order = list(MAIN)
     return " + ".join(MAIN[name] for name in order[order.index(low) + 1 : order.index(up) + 1])
+
+
+def product(steps: Sequence[JSON]) -> JSON | None:
+    """The main way at the highest level as factors of one gain; None unless two steps or more follow each other.
+
+    `steps` are those of a summary. Geometric means over the same repeats multiply to that of the whole.
+    """
+    last = max((step["level"] for step in steps), default=None)
+    way: list[JSON] = []
+    for step in steps:
+        if step["level"] == last and not (way and step["from"] != way[-1]["to"]):
+            way.append(step)
+    if len(way) < 2:
+        return None
+    total = math.prod(step["ratio"]["value"] for step in way)
+    factors = [{"value": step["ratio"]["value"], "adds": step["adds"]} for step in way]
+    return {"level": last, "from": way[0]["from"], "to": way[-1]["to"], "value": total, "factors": factors}
 
 
 def rung(target: JSON) -> str | None:

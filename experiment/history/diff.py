@@ -78,7 +78,10 @@ def _print(first: Run, second: Run, found: Sequence[Difference], changed: Sequen
     if not changed:
         console.print("\nNo level of a target has figures in both runs.")
         return
-    console.print("\nA ratio above 1 means that the second run is better; intervals are of 95 %.")
+    console.print(
+        "\nFigures are those of the reports. Ratios are geometric means over the repeats with 95 % intervals;"
+    )
+    console.print("above 1 the second run is better.")
     for method in _methods(changed):
         console.print(METHODS[method])
 

@@ -16,6 +16,7 @@ from experiment.history.two_runs import (
     changes,
     differences,
     drifting,
+    figure,
     level_name,
     ratio,
     show,
@@ -87,7 +88,7 @@ def _comparable(baseline: Run, run: Run) -> Iterator[Ruling]:
 def _limits(key: Key, figures: JSON | None, run: Run, rules: Rules) -> Iterator[Ruling]:
     group = _group(key, run)
     for metric, limit in rules.limits.items():
-        now, least = _figure(figures, metric), metric in RATES
+        now, least = figure(run, key, metric), metric in RATES
         told = f"at {'least' if least else 'most'} {show(metric, limit)}"
         kept = None if now is None else now >= limit if least else now <= limit
         yield _limit(group, metric, told, kept, "" if now is None else show(metric, now))
@@ -144,15 +145,3 @@ def _regression(group: str, metric: str, change: Change | None, allowed: float) 
 
 def _group(key: Key, run: Run) -> str:
     return f"{key[1]} at {level_name(run, key[0])}"
-
-
-def _figure(figures: JSON | None, metric: str) -> float | None:
-    """A figure of a level over all of its repeats; None where there is none."""
-    if figures is None:
-        return None
-    if metric in RATES:
-        value = figures["output_throughput_mean" if metric == "output_throughput" else metric]
-    else:
-        latency, statistic = metric.split(".")
-        value = (figures[latency] or {}).get(statistic)
-    return None if value is None else float(value)

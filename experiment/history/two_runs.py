@@ -58,7 +58,8 @@ class Difference:
 class Change:
     """A metric of a target at a level in both runs, in its base unit, and how many times better the second is.
 
-    `first` and `second` are geometric means over the repeats. The 95 % interval is None with fewer than two of them.
+    `first` and `second` are the figures of the runs' reports, `value` is the geometric mean of the repeats' ratios. The
+    95 % interval is None with fewer than two of them.
     """
 
     level: float
@@ -115,18 +116,44 @@ def changes(first: Run, second: Run, metrics: Sequence[str]) -> Iterator[Change]
     for key, (compared, different) in sorted(work(first, second).items(), key=lambda one: _place(one[0], order)):
         for metric in metrics:
             values = [repeats(run, key, metric, limits) for run in (first, second)]
+            shown = [_shown(run, key, metric, own, limits) for run, own in zip((first, second), values, strict=True)]
             if compared and not different:
                 both = values[0].keys() & values[1].keys()
                 values = [{repeat: own[repeat] for repeat in sorted(both)} for own in values]
             if all(values):
                 one = change((*key, metric), *(list(own.values()) for own in values), paired=compared > different == 0)
+                one = replace(one, first=shown[0], second=shown[1])
                 known = valid and (metric in RATES or not any(drifting(run, key) for run in (first, second)))
                 yield one if known else replace(one, verdict="invalid")
 
 
+def figure(run: Run, key: Key, metric: str) -> float | None:
+    """A figure of a level and target as the run's report has it, over all of its repeats; None where there is none."""
+    figures = _figures(run, key)
+    if figures is None:
+        return None
+    if metric in RATES:
+        value = figures["output_throughput_mean" if metric == "output_throughput" else metric]
+    else:
+        latency, statistic = metric.split(".")
+        value = (figures[latency] or {}).get(statistic)
+    return None if value is None else float(value)
+
+
+def _figures(run: Run, key: Key) -> JSON | None:
+    return next((level["targets"].get(key[1]) for level in run.summary["levels"] if level["level"] == key[0]), None)
+
+
+def _shown(run: Run, key: Key, metric: str, own: Mapping[int, float], limits: Mapping[str, float]) -> float:
+    """The figure of a run's report, or for a goodput by limits that are not its own the mean over its repeats."""
+    foreign = metric == "goodput" and limits != run.summary["limits"]
+    found = None if foreign else figure(run, key, metric)
+    return sum(own.values()) / max(1, len(own)) if found is None else found
+
+
 def drifting(run: Run, key: Key) -> list[int]:
     """The repeats of a level and target in which a queue grew or shrank, so that no latency has a mean."""
-    figures = next((level["targets"].get(key[1]) for level in run.summary["levels"] if level["level"] == key[0]), None)
+    figures = _figures(run, key)
     return list(figures["unstable"]) if figures else []
 
 
@@ -156,7 +183,7 @@ def change(key: tuple[float, str, str], first: Sequence[float], second: Sequence
     verdict: Verdict = "no detectable difference"
     if low is not None and high is not None:
         verdict = "better" if low > 1 else "worse" if high < 1 else verdict
-    means = float(np.exp(a.mean())), float(np.exp(b.mean()))
+    means = float(np.mean(first)), float(np.mean(second))
     return Change(*key, *means, float(np.exp(gain)), low, high, verdict, "paired" if paired else "unpaired")
 
 
@@ -192,8 +219,11 @@ def work(first: Run, second: Run) -> dict[Key, tuple[int, int]]:
 
 
 def differences(first: Run, second: Run) -> list[Difference]:
-    """What is not the same in both runs; what makes them incomparable comes first."""
-    found = [*_of_plan(first, second), *_of_machine(first, second), *_of_work(first, second)]
+    """What is not the same in both runs, or within one of them; what makes them incomparable comes first."""
+    machines = first.results.environment, second.results.environment
+    found = [*_of_plan(first, second), *_of_machine(*machines), *_of_work(first, second)]
+    for name, machine in zip(("first", "second"), machines, strict=True):
+        found += of_parts(machine, f"within the {name} run, ")
     return sorted(found, key=lambda one: not one.matters)
 
 
@@ -218,14 +248,20 @@ def flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield from flat(inner, f"{path}.{name}" if path else str(name))
 
 
-def _of_machine(first: Run, second: Run) -> Iterator[Difference]:
+def of_parts(machine: JSON, before: str = "") -> Iterator[Difference]:
+    """What changed on the machine of a run between its first part and those in which it was resumed."""
+    for number, part in enumerate(machine.get("parts") or [], 1):
+        for one in _of_machine(machine, machine | part.get("changed", {})):
+            yield replace(one, what=f"{before}in part {number}: {one.what}")
+
+
+def _of_machine(a: JSON, b: JSON) -> Iterator[Difference]:
     hardware: dict[str, Callable[[JSON], Any]] = {
         "processor": lambda machine: machine["processor"],
         "cores": lambda machine: machine["cores"],
         "memory": lambda machine: f"{machine['memory_bytes'] / GIB:.0f} GiB",
         "GPUs": lambda machine: [f"{gpu['name']}, {gpu['memory_bytes'] / GIB:.0f} GiB" for gpu in machine["gpus"]],
     }
-    a, b = first.results.environment, second.results.environment
     for what, read_value in hardware.items():
         if read_value(a) != read_value(b):
             yield Difference(f"hardware: {what}", _text(read_value(a)), _text(read_value(b)), True)

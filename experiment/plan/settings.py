@@ -102,6 +102,8 @@ def read_plan(arguments: Sequence[str]) -> Plan:
     """The plan that a command line asks for; raises PlanError, and SystemExit after --help or an unknown option."""
     try:
         settings = CliApp.run(Settings, cli_args=list(arguments))
+        if settings.resume is not None:
+            raise PlanError(f"resume: {settings.resume!r}: expected headroom compare --resume DIR and nothing else")
         return Plan.model_validate(_folded(settings))
     except ValidationError as error:
         raise PlanError("\n".join(_problems(error))) from None

@@ -79,7 +79,8 @@ def page(results: Results, summary: JSON, drawn: Drawn) -> str:
         lstrip_blocks=True,
     )
     environment.filters.update(filters())
-    environment.globals.update(rule=findings.rule, found=findings.found, search_end=findings.search_end)
+    told = (findings.rule, findings.found, findings.search_end, findings.adds)
+    environment.globals.update({function.__name__: function for function in told})
     known = _known(summary)
     frames = {language: frame_of(summary, language) for language in LANGUAGES}
     return environment.get_template("page.html.j2").render(

@@ -6,18 +6,24 @@ import altair as alt
 
 from experiment.analysis.results import JSON
 from experiment.report.layers import PARTS, unit_of
-from experiment.report.look import WIDTH, Chart, Frame, chosen, heading, legend_on_top, room_for, svg, table
+from experiment.report.look import INK, WIDTH, Chart, Frame, chosen, heading, legend_on_top, room_for, svg, table
 from experiment.run.kv import REASONS
 
-# Share of the KV memory that held token states: Kwon et al., "Efficient Memory Management for Large Language Model
-# Serving with PagedAttention", SOSP'23, Fig. 2.
-PAPER = {"Orca (Max)": 0.204, "Orca (Pow2)": 0.268, "Orca (Oracle)": 0.382, "vLLM": 0.963}
+# Shares of the KV memory: Kwon et al., "Efficient Memory Management for Large Language Model Serving with
+# PagedAttention", SOSP'23, Fig. 2. What it calls token states is live, and internal fragmentation is fragmentation; the
+# rest is external fragmentation and others, or is not split here.
+PAPER = {
+    "Orca (Max)": {"live": 0.204, "reserved": 0.133, "fragmentation": 0.573},
+    "Orca (Pow2)": {"live": 0.268},
+    "Orca (Oracle)": {"live": 0.382},
+    "vLLM": {"live": 0.963},
+}
 # The height of a bar, and how many there are at most where there are several levels.
 BAR, BARS = 20, 8
 
 
 def draw(frame: Frame, summary: JSON) -> dict[str, str]:
-    """Draw the allocated bytes, `kv`, and the shares of them, `waste`, if a KV cache was sampled."""
+    """Draw the allocated bytes, `kv`, the shares of them, `waste`, and the sequences `held`, if a cache was sampled."""
     most = max(1, BARS // max(1, len(frame.targets)))
     rows = list(_rows(frame, chosen(summary["levels"], min(3, most))))
     in_bytes = [row for row in rows if row["unit"] == "bytes"]
@@ -25,6 +31,7 @@ def draw(frame: Frame, summary: JSON) -> dict[str, str]:
     found: dict[str, Chart | None] = {
         "kv": _allocated(frame, in_bytes) if in_bytes else None,
         "waste": _waste(frame, shares) if shares else None,
+        "held": _held(frame, summary["levels"]),
     }
     return {name: svg(chart, f"{frame.words.language}-{name}") for name, chart in found.items() if chart is not None}
 
@@ -95,8 +102,45 @@ def _allocated(frame: Frame, rows: Sequence[JSON]) -> Chart:
 
 def _waste(frame: Frame, rows: Sequence[JSON]) -> Chart:
     shares = [row | {"value": row["share"]} for row in rows]
-    for name, live in PAPER.items():
+    for name, parts in PAPER.items():
         bar = {"bar": frame.words("paper", name=name)}
-        shares += [bar | {"part": "live", "value": live}, bar | {"part": "other", "value": 1 - live}]
+        rest = {"other": 1 - sum(parts.values())}
+        shares += [bar | {"part": part, "value": value} for part, value in (parts | rest).items()]
     x = alt.X("value:Q", title=None, scale=alt.Scale(domain=[0, 1]), axis=alt.Axis(format="%", tickCount=5))
     return _bars(frame, shares, x, frame.words("axis.waste"))
+
+
+def held(levels: Sequence[JSON]) -> dict[str, JSON]:
+    """Mean and maximum of the sequences that each server held at once at the last level, the most first."""
+    figures = levels[-1]["targets"] if levels else {}
+    known = {target: kv["running"] for target, one in figures.items() if (kv := one["memory"].get("kv"))}
+    return dict(sorted(known.items(), key=lambda one: -one[1]["mean"]))
+
+
+def _held(frame: Frame, levels: Sequence[JSON]) -> Chart | None:
+    """A bar to the mean of the sequences that each server held at once, and a stroke at the maximum."""
+    found = held(levels)
+    if len(found) < 2:
+        return None
+    rows = [
+        {
+            "target": frame.name(target),
+            "mean": one["mean"],
+            "max": one["max"],
+            "label": f"{one['mean']:,.1f} / {one['max']:,.0f}",
+        }
+        for target, one in found.items()
+    ]
+    order = [row["target"] for row in rows]
+    axis = alt.Axis(domain=False, ticks=False, labelLimit=170, minExtent=room_for(order))
+    base = table(rows).encode(y=alt.Y("target:N", sort=order, title=None, axis=axis))
+    color = frame.by_target()["color"].copy()
+    color.legend = None
+    x = alt.X("mean:Q", title=None, axis=alt.Axis(tickCount=5), scale=alt.Scale(zero=True))
+    bars = base.mark_bar(height={"band": 0.7}).encode(x=x, color=color)
+    most = base.mark_tick(thickness=2, color=INK, height={"band": 0.7}).encode(x="max:Q")
+    labels = base.mark_text(align="left", dx=5, color=INK, fontSize=11).encode(x="max:Q", text="label:N")
+    title = frame.words("axis.held", level=frame.level(levels[-1]["level"]))
+    fit = alt.AutoSizeParams(type="fit", contains="padding")
+    height = 60 + 26 * len(order)
+    return alt.layer(bars, most, labels).properties(width=WIDTH, height=height, autosize=fit, title=heading(title))

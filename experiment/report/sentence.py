@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 
 from experiment.analysis.results import JSON
+from experiment.report.caches import held
+from experiment.report.layers import amount
 from experiment.report.look import Frame
 
 
@@ -12,9 +14,20 @@ def verdict(frame: Frame, summary: JSON) -> str:
     found = _saturation(frame, summary) or _comparison(frame, summary) or _alone(frame, summary)
     parts = [words("verdict.partial")] if summary["state"] != "complete" else []
     parts.append(found or words("verdict.none"))
+    parts += [told] if (told := _held(frame, summary)) else []
     if not summary["valid"]:
         parts.append(words("verdict.invalid"))
     return words("join.sentences").join(parts)
+
+
+def _held(frame: Frame, summary: JSON) -> str | None:
+    """How many sequences each server held at once, where all had the same bytes of KV cache; else None."""
+    words, counts = frame.words, held(summary["levels"]) if summary["kv_budget"] else {}
+    if len(counts) < 2:
+        return None
+    told = [words("verdict.count", target=frame.name(target), count=one["mean"]) for target, one in counts.items()]
+    room = amount(words, summary["kv_budget"], "bytes")
+    return words("verdict.held", room=room, counts=words("join.list").join(told))
 
 
 def _saturation(frame: Frame, summary: JSON) -> str | None:

@@ -28,6 +28,11 @@ def _finding(words: Words, finding: JSON, arrival: str) -> str:
     return words(f"found.{shown.pop('id')}", **shown)
 
 
+def adds(words: Words, what: str) -> str:
+    """What a rung of the ladder adds."""
+    return " + ".join(words.named("adds", one) for one in what.split(" + "))
+
+
 def search_end(words: Words, found: JSON) -> str:
     """How a search for the saturation ended: between which rates, and how sure that is."""
     met, missed = found["rate"], found["missed"]

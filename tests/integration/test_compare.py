@@ -35,7 +35,7 @@ def test_a_run_leaves_a_report_that_agrees_with_its_records(compare: Callable[..
 
     page = (folder / "report.html").read_text()
     assert "the output tokens per second of HF: " in page
-    assert len(list((folder / "charts" / "en").glob("*.png"))) == page.count("<svg") // 2 == 13
+    assert len(list((folder / "charts" / "en").glob("*.png"))) == page.count("<svg") // 2 == 14
     assert "://" not in page.replace("http://www.w3.org", "")  # nothing is fetched from a network
     assert f"{ttft * 1e3:,.1f}" in page
     assert pq.read_table(folder / "timeline.parquet").num_rows > 100

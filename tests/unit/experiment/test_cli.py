@@ -143,6 +143,13 @@ def test_resume_takes_no_other_option(headroom: Headroom, folder: Path, others: 
     assert err == f"headroom: --resume: takes no other option, as the plan is that of the run; got {others[0]!r}\n"
 
 
+@pytest.mark.parametrize("command", ["up", "classic"])
+def test_nothing_but_compare_resumes(headroom: Headroom, folder: Path, command: str) -> None:
+    code, _, err = headroom(command, "--resume", str(folder))
+    assert code == 2
+    assert err == f"headroom: resume: {str(folder)!r}: expected headroom compare --resume DIR and nothing else\n"
+
+
 def test_a_run_that_came_to_its_end_is_not_resumed(headroom: Headroom, folder: Path) -> None:
     code, _, err = headroom("compare", "--resume", str(folder))
     assert code == 2

@@ -76,6 +76,9 @@ def test_every_target_is_compared_with_the_first_one_and_the_ladder_with_its_nei
         ("batch", "paged", "continuous batching and paging"),
         ("paged", "vllm", "kernels and scheduling"),
     ]
+    product = found["ladder_product"]
+    assert (product["from"], product["to"], len(product["factors"])) == ("one", "vllm", 3)
+    assert product["value"] == pytest.approx(level["ratios"]["vllm"]["output_throughput"]["value"])
     throughput = [figures["output_throughput_mean"] for figures in level["targets"].values()]
     assert [step["ratio"]["value"] for step in found["ladder"]] == pytest.approx(
         [after / before for before, after in pairwise(throughput)]

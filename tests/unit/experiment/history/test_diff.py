@@ -15,10 +15,10 @@ from rich.console import Console
 
 from experiment.analysis.results import ResultError
 from experiment.analysis.stats import ratio_of_pairs
-from experiment.history.diff import diff
+from experiment.history.diff import SHOWN, diff
 from experiment.history.two_runs import change, changes, differences, flat, read
 from experiment.plan.plan import Cell
-from tests.unit.experiment.folders import SPEEDS, change_json, change_records, make_folder, make_plan
+from tests.unit.experiment.folders import PART, SPEEDS, change_json, change_records, make_folder, make_plan
 
 KEY = (4.0, "vllm", "output_throughput")
 values = st.lists(st.floats(0.1, 10), min_size=2, max_size=6)
@@ -147,6 +147,28 @@ def test_differences_are_named_and_those_that_matter_are_loud(
     assert ("NOT COMPARABLE" in out) == matters
     assert f"{what}: {found[what].first} -> {found[what].second}" in out
     assert out.index(what) < out.index("verdict")
+
+
+def test_what_changed_while_a_run_was_stopped_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, second = make(tmp_path / "a", repeats=2), make(tmp_path / "b", repeats=2)
+    change_json(second / "environment.json", parts=[PART, PART | {"changed": {"cores": 4, "python": "3.12.0"}}])
+    found = {one.what: one.matters for one in differences(read(first), read(second))}
+    assert found == {
+        "within the second run, in part 2: hardware: cores": True,
+        "within the second run, in part 2: version: python": False,
+    }
+    assert "within the second run, in part 2: hardware: cores: 2 -> 4" in show(first, second, capsys=capsys)
+
+
+def test_a_figure_is_that_of_the_report(tmp_path: Path) -> None:
+    plan, factors = make_plan(repeats=3), {1: 1.0, 2: 1.5, 3: 3.0}
+    folder = make_folder(tmp_path, plan, speed=lambda cell: SPEEDS[cell.target] * factors[cell.repeat])
+    run = read(folder)
+    kept = run.summary["levels"][0]["targets"]["vllm"]
+    found = {one.metric: one.first for one in changes(run, run, SHOWN) if one.target == "vllm"}
+    assert found["output_throughput"] == kept["output_throughput_mean"] == pytest.approx(4 * 2 * 5.5 / 3, rel=0.2)
+    assert found["ttft_seconds.mean"] == kept["ttft_seconds"]["mean"]
+    assert found["e2e_seconds.p99"] == kept["e2e_seconds"]["p99"]
 
 
 def test_a_few_bytes_more_memory_are_no_difference(tmp_path: Path) -> None:

@@ -95,6 +95,14 @@ def test_any_number_of_targets_runs_forth_and_back() -> None:
     assert [cell.target for cell in plan.cells()] == ["a", "b", "c", "c", "b", "a"]
 
 
+def test_together_the_cells_of_all_targets_are_one_group_and_else_each_is_one() -> None:
+    together = Plan(targets=targets("a", "b", "c"), levels=[1, 2], repeats=2, together=True)
+    assert [[cell.target for cell in group] for group in together.groups()] == [list("abc"), list("cba")] * 2
+    assert all(len({(c.level, c.repeat, c.seed) for c in group}) == 1 for group in together.groups())
+    apart = together.model_copy(update={"together": False})
+    assert [[cell] for cell in apart.cells()] == apart.groups()
+
+
 def test_order_abab_is_the_same_each_time() -> None:
     assert [cell.target for cell in Plan(levels=[1], repeats=2, order="ABAB").cells()] == ["hf", "vllm"] * 2
 
@@ -150,6 +158,8 @@ def test_a_number_of_requests_goes_before_all_that_would_make_one() -> None:
         ({"saturation": True}, "saturation: true: needs arrival"),
         ({"saturation": True, "arrival": "poisson"}, "saturation: true: needs arrival"),
         ({"resident": "one"}, "max_model_len: None: resident one needs it"),
+        ({"together": True, "resident": "one", "max_model_len": 64}, "together: True: needs two targets or more"),
+        ({"together": True, "targets": targets("a")}, "together: True: needs two targets or more"),
         ({"targets": targets("a", "a")}, "each name may be given once, got a, a"),
         ({"targets": targets("monitor")}, "expected another name than monitor"),
         ({"targets": targets("A b")}, "pattern"),

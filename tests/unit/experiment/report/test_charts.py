@@ -41,7 +41,7 @@ def test_a_closed_loop_has_its_charts_and_no_others(tmp_path: Path) -> None:
     folder = make_folder(tmp_path, make_plan(levels=[1, 2], repeats=1))
     assert drawn(folder).keys() == CLOSED
     write_kv(folder)
-    assert drawn(folder).keys() == CLOSED | {"kv", "waste", "memory", "memory-narrow"}
+    assert drawn(folder).keys() == CLOSED | {"kv", "waste", "held", "memory", "memory-narrow"}
 
 
 def test_an_open_loop_has_normalized_latency_and_goodput_and_the_search(tmp_path: Path) -> None:
@@ -144,10 +144,22 @@ def figures(memory: JSON) -> JSON:
 
 def test_a_cache_in_blocks_has_no_shares_and_one_that_holds_nothing_no_bar() -> None:
     frame = look.Frame(Words("en"), ["hf"], True)
-    blocks = {"unit": "blocks", "allocated": {"mean": 3, "max": 4}, "parts": {}}
+    running = {"mean": 1, "max": 1}
+    blocks = {"unit": "blocks", "allocated": {"mean": 3, "max": 4}, "running": running, "parts": {}}
     assert caches.draw(frame, figures({"kv": blocks})) == {}
     assert caches.draw(frame, figures({"kv": blocks | {"allocated": {"mean": 0, "max": 0}}})) == {}
     assert caches.draw(frame, figures({})) == {}
+
+
+def test_sequences_held_at_once_are_in_order_with_their_mean_and_their_most() -> None:
+    def cache(mean: float, most: float) -> JSON:
+        running = {"mean": mean, "max": most}
+        return {"memory": {"kv": {"unit": "blocks", "allocated": {"mean": 0}, "running": running}}}
+
+    levels = [{"level": 4, "targets": {"hf": cache(6.14, 8), "vllm": cache(20, 31)}}]
+    chart = caches.draw(look.Frame(Words("en"), ["hf", "vllm"], True), {"levels": levels})["held"]
+    assert re.findall(r">(HF|vLLM|[\d.]+ / \d+)<", chart) == ["vLLM", "HF", "20.0 / 31", "6.1 / 8"]
+    assert "sequences held at once, 4 in flight" in chart
 
 
 def test_the_first_and_the_last_of_many_levels_are_chosen() -> None:

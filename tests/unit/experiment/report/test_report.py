@@ -68,6 +68,18 @@ def test_a_page_shows_the_headline_and_nothing_is_loaded_from_outside(tmp_path: 
     assert outside == []
 
 
+def test_a_page_of_servers_under_load_together_says_so_and_marks_their_cells_as_one(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path, make_plan(levels=[1], repeats=1, together=True))
+    write_kv(folder)
+    for path in folder.glob("cells/*/cell.json"):
+        change_json(path, start_ns=1000 * 10**9, end_ns=1040 * 10**9)
+    text = page(folder)
+    assert "Together: all servers were under load at the same time" in text
+    assert "Grey bands mark the cells" in text
+    (band,) = layers._groups(analyse(load(folder))["cells"])
+    assert (band["target"], band["start_ns"], band["end_ns"]) == ("", 1000 * 10**9, 1040 * 10**9)
+
+
 def row(text: str, server: str) -> list[str]:
     """Cells of the server's row in the table of KV caches."""
     table = text[text.rindex("KV cache at its load</h2>") :]

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 from experiment import report, words
+from experiment.analysis import gates
 from experiment.analysis.results import JSON
 from experiment.report import look, sentence
-from experiment.words import LANGUAGES, Words
+from experiment.words import LANGUAGES, Words, findings
 
 RATIO = {"value": 2.0, "low": 1.5, "high": 2.5, "verdict": "faster", "first": 1234.4, "second": 2468.8}
 EQUAL = RATIO | {"value": 1.01, "low": 0.9, "high": 1.1, "verdict": "no detectable difference"}
@@ -32,12 +33,21 @@ def test_both_languages_have_the_same_keys_with_the_same_placeholders() -> None:
 def test_every_text_of_the_chinese_is_chinese_but_for_names_and_signs() -> None:
     same = {key for key, text in words.read("zh").items() if not re.search("[\u4e00-\u9fff]", text)}
     names = {"ttft", "tpot", "limit.ttft_seconds", "limit.tpot_seconds", "limit.e2e_seconds", "col.throughput"}
-    signs = {"join.sentences", "join.clauses", "join.list", "ratio", "col.part", "column.allocator", "verdict.level"}
+    signs = {
+        "ladder.factor",
+        "join.sentences",
+        "join.clauses",
+        "join.list",
+        "ratio",
+        "col.part",
+        "column.allocator",
+        "verdict.level",
+    }
     assert same <= names | signs | {"row.percentiles"}
 
 
 def test_every_text_is_used() -> None:
-    folders = (Path(package.__file__).parent for package in (report, words))
+    folders = (Path(package.__path__[0]) for package in (report, words))
     source = "".join(path.read_text(encoding="utf-8") for folder in folders for path in folder.glob("*.[pj]*"))
     used = set(re.findall(r'"([a-z0-9_.]+)"', source))
     # Beginnings of keys whose ends are names of other things.
@@ -46,13 +56,49 @@ def test_every_text_is_used() -> None:
     assert [key for key in words.read("en") if key not in used and not key.startswith(groups)] == []
 
 
+def test_every_rule_and_everything_that_it_may_find_has_a_text() -> None:
+    source = Path(gates.__file__).read_text(encoding="utf-8")
+    found = set(re.findall(r'_finding\(\s*"(\w+)"', source)) | {"rose", "fell"}
+    texts = {key.removeprefix("found.") for key in words.read("en") if key.startswith("found.")}
+    assert {text for text in texts if not text.startswith("at_most_")} == found
+    rules = set(re.findall(r'_gate\(\s*"([\w-]+)"', source))
+    assert rules == {key.removeprefix("gate.") for key in words.read("en") if key.startswith("gate.")}
+
+
+SEARCHES = [
+    ({"rate": None, "missed": None}, "no rate was tried", "没有试过"),
+    ({"rate": None, "missed": 2}, "no rate met the limits; the lowest tried was 2 requests/s", "最低速率为 2"),
+    ({"rate": 8, "missed": None}, "every rate tried met the limits; the highest tried was 8", "最高为 8"),
+    ({"rate": 2.83, "missed": 2.85}, "2.83 requests/s met the limits and 2.85 did not", "2.85 不满足"),
+    ({"rate": 4, "missed": 8, "exact": False}, "further apart than 5%, as the search ended early", "搜索提前结束"),
+    ({"rate": 2, "missed": 4, "above": 8}, "8 met them too, which does not count", "8 也满足"),
+]
+
+
+@pytest.mark.parametrize(("found", "english", "chinese"), SEARCHES)
+def test_how_a_search_ended_is_told_in_each_language(found: JSON, english: str, chinese: str) -> None:
+    whole = {"above": None, "exact": True, "precision": 0.05} | found
+    assert english in findings.search_end(Words("en"), whole)
+    assert chinese in findings.search_end(Words("zh"), whole)
+
+
+def test_what_a_rule_found_names_the_server_and_the_level_in_each_language() -> None:
+    gate = {
+        "id": "cells",
+        "found": [{"id": "missing", "target": "vllm", "level": 4.0, "repeat": 2}, {"id": "more", "count": 3}],
+    }
+    assert findings.found(Words("en"), gate, "closed") == "vLLM, 4 in flight, repeat 2: missing or short; and 3 more"
+    assert findings.found(Words("zh"), gate, "poisson") == "vLLM，4 请求/秒，第 2 次重复：缺失或不完整；另有 3 项"  # noqa: RUF001
+
+
 def frame(language: str, targets: tuple[str, ...] = ("hf", "vllm"), closed: bool = True) -> look.Frame:
     return look.Frame(Words(language), targets, closed)
 
 
 def summary(ratios: JSON, **changes: Any) -> JSON:
     levels = [{"level": 1, "ratios": {"vllm": {"output_throughput": EQUAL}}}, {"level": 4, "ratios": ratios}]
-    whole = {"state": "complete", "valid": True, "together": False, "baseline": "hf", "saturation": {}}
+    whole: JSON = {"state": "complete", "valid": True, "together": False, "kv_budget": None, "baseline": "hf"}
+    whole |= {"saturation": {}}
     return whole | {"levels": levels} | changes
 
 
@@ -94,6 +140,45 @@ def summary(ratios: JSON, **changes: Any) -> JSON:
 def test_the_verdict_is_one_sentence_in_each_language(ratios: JSON, changes: JSON, english: str, chinese: str) -> None:
     assert english in sentence.verdict(frame("en"), summary(ratios, **changes))
     assert chinese in sentence.verdict(frame("zh"), summary(ratios, **changes))
+
+
+ONE = {"output_throughput_mean": 1234.5, "ttft_seconds": {"mean": 0.0321}, "attainment": 0.987}
+
+
+@pytest.mark.parametrize(
+    ("figures", "english", "chinese"),
+    [
+        (
+            {},
+            "At concurrency 4 vLLM made 1,234 output tokens per second, with a mean time to first token of 32.1 ms; "
+            "98.7% of its requests met the limits.",
+            "98.7% 的请求满足全部上限",
+        ),
+        ({"attainment": None}, "of 32.1 ms.", "32.1 毫秒。"),
+        ({"output_throughput_mean": None}, "No comparison", "无法比较"),
+    ],
+)
+def test_of_one_target_its_own_figures_are_told(figures: JSON, english: str, chinese: str) -> None:
+    levels = [{"level": 4, "targets": {"vllm": ONE | figures}, "ratios": {}}]
+    for language, text in (("en", english), ("zh", chinese)):
+        assert text in sentence.verdict(frame(language, ("vllm",)), summary({}, levels=levels))
+
+
+def test_servers_with_the_same_bytes_are_told_by_the_sequences_that_they_held() -> None:
+    running = {"hf": 6.14, "vllm": 20.0}
+    held = {name: {"memory": {"kv": {"running": {"mean": mean, "max": 31}}}} for name, mean in running.items()}
+    levels = [{"level": 4, "targets": held, "ratios": {"vllm": {"output_throughput": RATIO}}}]
+    told = sentence.verdict(frame("en"), summary({}, levels=levels, kv_budget=2**23))
+    assert told.endswith("In 8.0 MiB of KV cache each held so many sequences at once, on average: vLLM 20.0, HF 6.1.")
+    assert "held" not in sentence.verdict(frame("en"), summary({}, levels=levels))
+
+
+def test_a_load_on_all_at_once_is_told() -> None:
+    found = summary({"vllm": {"output_throughput": RATIO}}, together=True)
+    assert sentence.verdict(frame("en"), found).startswith(
+        "At concurrency 4, all servers under load at once, vLLM made"
+    )
+    assert sentence.verdict(frame("zh"), found).startswith("并发 4 时所有服务器同时承受负载，vLLM")  # noqa: RUF001
 
 
 def test_of_many_targets_the_one_that_gains_most_is_told_in_full() -> None:
