@@ -13,8 +13,8 @@ def verdict(frame: Frame, summary: JSON) -> str:
     words = frame.words
     found = _saturation(frame, summary) or _comparison(frame, summary) or _alone(frame, summary)
     parts = [words("verdict.partial")] if summary["state"] != "complete" else []
-    parts.append(found or words("verdict.none"))
     parts += [told] if (told := _held(frame, summary)) else []
+    parts.append(found or words("verdict.none"))
     if not summary["valid"]:
         parts.append(words("verdict.invalid"))
     return words("join.sentences").join(parts)

@@ -10,6 +10,7 @@ import pytest
 
 from experiment.analysis.analyse import analyse
 from experiment.analysis.results import CellResult, load
+from experiment.history.listing import describe, line
 from experiment.run.stack import Stack
 from tests.integration.harness import Compare
 
@@ -171,6 +172,32 @@ def test_servers_at_their_urls_are_used_and_stay_up(compare: Callable[..., Compa
     summary = json.loads((run.folder / "summary.json").read_text())
     assert list(summary["levels"][0]["targets"]) == ["hf", "vllm", "other"]
     assert {gate["id"]: gate["passed"] for gate in summary["gates"]}["same-work"]
+
+
+def test_servers_under_load_together_are_told_so_and_a_killed_pair_runs_anew(compare: Callable[..., Compare]) -> None:
+    targets = [{"name": "one", "kind": "hf"}, {"name": "paged", "kind": "hf", "args": "--engine continuous"}]
+    options = {"targets": targets, "together": True, "levels": [3], "repeats": 2, "vllm_args": "", "requests": 12}
+    run = compare(max_model_len=256, **options)
+    run.wait_for_records("paged")
+    os.killpg(run.process.pid, signal.SIGINT)
+    assert run.finish(90)[0] == 130
+    resumed = compare(resume=run.folder)
+    code, output = resumed.finish()
+    assert code == 0, output
+    assert len(list((run.folder / "set-aside").iterdir())) == 2
+    cells = load(run.folder).cells
+    assert [cell.target for cell in cells] == ["one", "paged", "paged", "one"]
+    for pair in (cells[:2], cells[2:]):
+        # Each was sent its first request before the other had its last answer.
+        assert max(cell.requests.sent_ns.min() for cell in pair) < min(cell.requests.end_ns.max() for cell in pair)
+        assert pair[0].requests.shared_ns == pair[1].requests.shared_ns
+    summary = json.loads((run.folder / "summary.json").read_text())
+    assert summary["together"]
+    assert {gate["id"]: gate["passed"] for gate in summary["gates"]}["same-work"]
+    assert "all servers under load at once" in summary["headline"]
+    for figures in summary["levels"][0]["targets"].values():
+        assert figures["memory"]["kv"]["samples"] > 0
+    assert "together" in line(describe(run.folder))
 
 
 def test_one_server_at_a_time_and_a_search_for_the_highest_rate(compare: Callable[..., Compare]) -> None:

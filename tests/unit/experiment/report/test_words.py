@@ -169,8 +169,8 @@ def test_servers_with_the_same_bytes_are_told_by_the_sequences_that_they_held() 
     held = {name: {"memory": {"kv": {"running": {"mean": mean, "max": 31}}}} for name, mean in running.items()}
     levels = [{"level": 4, "targets": held, "ratios": {"vllm": {"output_throughput": RATIO}}}]
     told = sentence.verdict(frame("en"), summary({}, levels=levels, kv_budget=2**23))
-    assert told.endswith("In 8.0 MiB of KV cache each held so many sequences at once, on average: vLLM 20.0, HF 6.1.")
-    assert "held" not in sentence.verdict(frame("en"), summary({}, levels=levels))
+    assert told.startswith("Sequences at once in 8.0 MiB of KV cache: vLLM 20.0, HF 6.1. At concurrency 4 vLLM made")
+    assert "at once" not in sentence.verdict(frame("en"), summary({}, levels=levels))
 
 
 def test_a_load_on_all_at_once_is_told() -> None:
