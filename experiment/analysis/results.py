@@ -11,6 +11,7 @@ from typing import Any
 
 import jinja2
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from experiment.analysis import requests, stats
@@ -116,7 +117,7 @@ def load(folder: Path) -> Results:
         for target, table in _load_kv(folder / f"kv{part['suffix']}").items():
             samples[target].append(shift(table))
     with damage_named(folder):
-        table = pa.concat_tables(timeline).unify_dictionaries() if timeline else None
+        table = _by_target(pa.concat_tables(timeline).unify_dictionaries(), plan) if timeline else None
         caches = {target: pa.concat_tables(tables) for target, tables in samples.items()}
         sent = {target: [cell.requests for cell in cells if cell.target == target] for target in targets(plan)}
         memory = gather(table, caches, sent)
@@ -195,6 +196,17 @@ def _within(one: Requests, shared_ns: tuple[int, int]) -> Requests:
 def _load_samples(path: Path) -> pa.Table:
     with damage_named(path), pa.ipc.open_stream(path.read_bytes()) as reader:
         return reader.read_all()
+
+
+def _by_target(timeline: pa.Table, plan: JSON) -> pa.Table:
+    """The monitor's samples with the servers that it knows by another name called by their targets'."""
+    others = {target["server"]: target["name"] for target in plan["targets"] if target.get("server")}
+    if not others:
+        return timeline
+    known = named = timeline["server"].cast(pa.string())
+    for server, target in others.items():
+        named = pc.if_else(pc.equal(known, server), target, named)
+    return timeline.set_column(timeline.schema.get_field_index("server"), "server", named)
 
 
 def _load_kv(folder: Path) -> dict[str, pa.Table]:

@@ -51,6 +51,7 @@ class Target(BaseModel):
     args: str = Field("", description="hf, vllm: arguments for the server that is started, as one string")
     url: str = Field("", pattern="^(https?://.+)?$", description="use the server there instead of starting one")
     model: str = Field("", description="model to ask a server at a URL for; default: the first that it offers")
+    server: str = Field("", description="HEADROOM_SERVER of a server at a URL, where that is not the target's name")
 
     def __repr__(self) -> str:
         """What was said of it, as a plan says it."""
@@ -77,6 +78,8 @@ class Target(BaseModel):
             raise ValueError("args are for a server that is started here; with a url none is")
         if self.model and not self.url:
             raise ValueError("model is for a server at a url; those that are started here serve the plan's")
+        if self.server and not self.url:
+            raise ValueError("server is for a server at a url; those that are started here bear the target's name")
         return self
 
 
@@ -137,6 +140,9 @@ class Plan(BaseModel):
         names = [target.name for target in targets]
         if len(set(names)) != len(names):
             raise ValueError(f"each name may be given once, got {', '.join(names)}")
+        servers = [target.server or target.name for target in targets]
+        if len(set(servers)) != len(servers):
+            raise ValueError(f"each server may be given once, got {', '.join(servers)}")
         return targets
 
     @field_validator("levels")

@@ -342,6 +342,17 @@ def test_cells_are_read_in_the_order_in_which_they_ran(folder: Path) -> None:
     assert cells[0].client == CLIENT
 
 
+def test_a_server_that_the_monitor_knows_by_another_name_is_the_target_s(tmp_path: Path) -> None:
+    urls = [{"name": name, "kind": "url", "url": "http://a", "server": server} for name, server in
+            (("hf", "vllm"), ("vllm", "My Server"))]  # fmt: skip
+    folder = make_folder(tmp_path, make_plan(targets=urls))
+    pss = {Series("host_pss_bytes", server=name): [1.0] for name in ("vllm", "My Server", "monitor")}
+    write_timeline(folder / "timeline" / "1.arrow", timeline(pss | {Series("gpu_memory_used_bytes", gpu="0"): [2.0]}))
+    found = load(folder).timeline
+    assert found is not None
+    assert found["server"].to_pylist() == ["hf", "vllm", "monitor", None]
+
+
 def test_pieces_of_the_timeline_are_put_together(folder: Path) -> None:
     pss = Series("host_pss_bytes", server="hf")
     whole = timeline({pss: [1.0, 2.0], Series("host_pss_bytes", server="vllm"): [3.0, 4.0]})

@@ -167,6 +167,11 @@ def test_a_number_of_requests_goes_before_all_that_would_make_one() -> None:
         ({"targets": [{"name": "a", "kind": "url"}]}, "kind url needs a url"),
         ({"targets": [{"name": "a", "kind": "hf", "url": "http://b", "args": "-x"}]}, "args are for a server"),
         ({"targets": [{"name": "a", "kind": "hf", "model": "b"}]}, "model is for a server at a url"),
+        ({"targets": [{"name": "a", "kind": "hf", "server": "b"}]}, "server is for a server at a url"),
+        (
+            {"targets": [{"name": n, "kind": "url", "url": "http://b", "server": "s"} for n in ("a", "b")]},
+            "each server may be given once, got s, s",
+        ),
         ({"limits": {"ttft": 1}}, "ttft_seconds"),
         ({"limits": {"ttft_seconds": 0}}, "greater than 0"),
         ({"gate": {"metrics": ["speed"]}}, "output_throughput"),
