@@ -136,7 +136,9 @@ def _held(frame: Frame, levels: Sequence[JSON]) -> Chart | None:
     base = table(rows).encode(y=alt.Y("target:N", sort=order, title=None, axis=axis))
     color = frame.by_target()["color"].copy()
     color.legend = None
-    x = alt.X("mean:Q", title=None, axis=alt.Axis(tickCount=5), scale=alt.Scale(zero=True))
+    # To the right of the longest there is room for its label.
+    ends = alt.Scale(domain=[0, 1.35 * max(row["max"] for row in rows)], nice=False)
+    x = alt.X("mean:Q", title=None, axis=alt.Axis(tickCount=5), scale=ends)
     bars = base.mark_bar(height={"band": 0.7}).encode(x=x, color=color)
     most = base.mark_tick(thickness=2, color=INK, height={"band": 0.7}).encode(x="max:Q")
     labels = base.mark_text(align="left", dx=5, color=INK, fontSize=11).encode(x="max:Q", text="label:N")
