@@ -16,6 +16,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 
@@ -180,6 +181,28 @@ def test_a_killed_worker_is_named_its_records_are_kept_and_the_exit_code_is_4(de
     # But for the last second, in which it also had requests in flight.
     due = sum(record.end_ns < killed_ns - 10**9 for record in records if record.worker == 1 - lost)
     assert by_worker[lost] >= due - 2
+
+
+def test_workers_whose_run_is_stopped_in_the_web_ui_are_not_lost_and_serve_the_next(deploy: Deploy) -> None:
+    port = free_port()
+    fleet = deploy(2, f"--autostart --web-port {port} --users 4 --spawn-rate 9 --output-mean 20 HF")
+    fleet.wait_for_records(10)
+    web = f"http://127.0.0.1:{port}"
+    httpx.post(f"{web}/stop", timeout=60).raise_for_status()
+    first = fleet.client()
+    assert (first["complete"], first["lost_workers"]) == (False, [])
+    assert [worker["lost_records"] for worker in first["workers"]] == [0, 0]
+    deadline = time.monotonic() + 20
+    while httpx.get(f"{web}/stats/requests").json()["state"] != "stopped":
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    form = {"user_count": 2, "spawn_rate": 9, "user_classes": "HF", "requests": 20, "records": "next.arrow"}
+    assert httpx.post(f"{web}/swarm", data=form, timeout=60).json()["success"]
+    while not (fleet.folder / "next.json").exists():
+        assert time.monotonic() < deadline + 20
+        time.sleep(0.1)
+    assert sorted(record.index for record in read(fleet.folder / "next.arrow")) == list(range(20))
+    assert json.loads((fleet.folder / "next.json").read_text())["complete"] is True
 
 
 def test_a_worker_that_is_stopped_before_its_part_is_done_is_lost_too(deploy: Deploy) -> None:
