@@ -30,6 +30,8 @@ def settle_timeouts() -> None:
     """Have Locust's master and workers give each other up after the same time."""
     locust.runners.MASTER_HEARTBEAT_TIMEOUT = LOST_SECONDS  # seconds
     locust.runners.HEARTBEAT_LIVENESS = LOST_SECONDS  # heartbeats, one a second
+    # After a minute Locust would place the users of a lost worker anew, and so cancel what the others have under way.
+    locust.runners.HEARTBEAT_DEAD_INTERNAL = -(10**9)
 
 
 class WorkerEnd:
@@ -41,7 +43,7 @@ class WorkerEnd:
         self._run = ""
         self._told = self._told_before = 0
         self._kept: deque[dict[str, Any]] = deque()
-        self._asked_ns = 0
+        self._asked_ns = self._unknown = 0
         self._answered = Event()
         runner.register_message(ANSWER, lambda msg, **_: self._hear(msg.data))
         self._asking = gevent.spawn(self._ask_regularly)
@@ -80,9 +82,11 @@ class WorkerEnd:
         if answer["sent_ns"] != self._asked_ns:
             return  # too late: another question was sent since
         self._clock.add(Exchange(self._asked_ns, answer["received_ns"], answer["answered_ns"], back_ns))
-        if not answer["known"]:
+        self._unknown = 0 if answer["known"] else self._unknown + 1
+        if self._unknown > 1:  # once: when a run ends Locust's master forgets its workers for a moment
             # Another master than the one that this worker made itself known to. Locust's worker does so again when it
             # is told to stop, and what it does for a run that nobody keeps the records of comes to an end.
+            self._unknown = 0
             self._runner.handle_message(Message("stop", None, self._runner.client_id))
         elif answer["run"] == self._run:
             while self._kept and self._kept[0]["number"] < answer["heard"]:
@@ -123,13 +127,16 @@ class MasterEnd:
     def compare_clocks(self, nodes: Iterable[str]) -> dict[str, int]:
         """Wait for each worker's clock to be compared, and agree on an offset (ns) for the run that begins.
 
-        Raises ValueError that names the workers that did not ask.
+        Raises TimeoutError that names the workers that did not ask.
         """
+        for lost in self._runner.clients.missing:
+            del self._runner.clients[lost.id]
         deadline = time.monotonic() + SILENT_SECONDS
         wanted = list(nodes)
         while missing := [node for node in wanted if node not in self._peers or not self._peers[node].found]:
             if time.monotonic() > deadline:
-                raise ValueError(f"workers: {', '.join(missing)}: no comparison of clocks in {SILENT_SECONDS:g} s")
+                names = ", ".join(missing)
+                raise TimeoutError(f"workers: {names}: did not compare clocks in {SILENT_SECONDS:g} s; other version?")
             gevent.sleep(0.02)
         self._peers = {node: self._peers[node] for node in wanted}
         offsets = {}

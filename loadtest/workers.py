@@ -76,7 +76,7 @@ class Coordinator:
         return self._keeper.path if self._keeper else None
 
     def start(self, options: Options, targets: Sequence[str], senders: dict[str, set[str]]) -> dict[str, Part]:
-        """Open the records' file and share the run out; raises OSError, and ValueError for a worker without a clock.
+        """Open the records' file and share the run out; raises OSError, and TimeoutError for a worker without a clock.
 
         `senders`: the nodes, each with the targets that it can send to.
         """
@@ -331,6 +331,10 @@ def _share_out(environment: Environment, master: MasterRunner, coordinator: Coor
     try:
         options, targets = _options(environment), _targets(environment)
         parts = coordinator.start(options, targets, _senders(environment, master, options, targets))
+    except TimeoutError as error:
+        coordinator.forget()
+        coordinator.fail(error, WORKERS_LOST)
+        return
     except (OSError, ValueError) as error:
         coordinator.refuse(error)
         return
