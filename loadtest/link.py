@@ -167,10 +167,9 @@ class MasterEnd:
 
     def look(self) -> None:
         """Say which workers have not been heard of for a while."""
-        now_ns = time.monotonic_ns()
         for node, rank in self._ranks.items():
             peer = self._peers[node]
-            if not peer.silent and now_ns - peer.heard_ns > SILENT_SECONDS * 1e9:
+            if not peer.silent and self._silence(peer):
                 peer.silent = True
                 _say(f"worker {rank} on {peer.host}: nothing heard for {SILENT_SECONDS:g} s")
 
@@ -180,7 +179,7 @@ class MasterEnd:
         agreed = asdict(peer.agreement)
         clock = {name.replace("_ns", "_seconds"): one / 1e9 for name, one in agreed.items() if name.endswith("_ns")}
         clock |= {name: one for name, one in agreed.items() if not name.endswith("_ns")}
-        return {"host": peer.host, "clock": clock, "cut_off": peer.cut_off}
+        return {"host": peer.host, "clock": clock, "cut_off": [*peer.cut_off, *self._silence(peer)]}
 
     def _answer(self, node: str, question: dict[str, Any]) -> None:
         received_ns = time.monotonic_ns()
@@ -201,14 +200,18 @@ class MasterEnd:
 
     def _note(self, node: str) -> Peer:
         """Any sign of life."""
-        now_ns = time.monotonic_ns()
-        peer = self._peers.setdefault(node, Peer(now_ns))
-        seconds = (now_ns - peer.heard_ns) / 1e9
-        if seconds > SILENT_SECONDS and node in self._ranks:
-            peer.cut_off.append({"since_ns": peer.heard_ns, "seconds": seconds})
-            _say(f"worker {self._ranks[node]} on {peer.host} is back after {seconds:.1f} s")
-        peer.heard_ns, peer.silent = now_ns, False
+        peer = self._peers.setdefault(node, Peer(time.monotonic_ns()))
+        if node in self._ranks:
+            for silence in self._silence(peer):
+                peer.cut_off.append(silence)
+                _say(f"worker {self._ranks[node]} on {peer.host} is back after {silence['seconds']:.1f} s")
+        peer.heard_ns, peer.silent = time.monotonic_ns(), False
         return peer
+
+    def _silence(self, peer: Peer) -> list[dict[str, float]]:
+        """The silence that lasts until now, when it is one."""
+        seconds = (time.monotonic_ns() - peer.heard_ns) / 1e9
+        return [{"since_ns": peer.heard_ns, "seconds": seconds}] if seconds > SILENT_SECONDS else []
 
 
 def _say(text: str) -> None:

@@ -217,6 +217,9 @@ def test_a_worker_that_stays_cut_off_is_lost_and_ends_and_what_it_had_passed_on_
     assert client["lost_workers"] == [number]
     assert not client["valid"]
     assert f"lost: worker {number};" in run.output
+    (silence,) = by_host["host-1"]["cut_off"]
+    assert silence["seconds"] > 9
+    assert abs(silence["since_ns"] - cut_ns) < 2e9
     kept = Counter(record.worker for record in records)
     assert kept[1 - number] == 80
     # It passes its records on each half second.
