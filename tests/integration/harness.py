@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -83,3 +84,21 @@ class Compare:
         """Processes that outlived the run by more than 3 seconds."""
         _, alive = psutil.wait_procs(self.seen, timeout=3)
         return [" ".join(process.cmdline()) for process in alive if process.status() != psutil.STATUS_ZOMBIE]
+
+
+@contextlib.contextmanager
+def comparisons(folder: Path) -> Iterator[Callable[..., Compare]]:
+    """Start comparisons with the given options of the plan; those that still run at the end are killed."""
+    started: list[Compare] = []
+
+    def start(out: str = "results", **options: Any) -> Compare:
+        started.append(Compare(folder / out, **options))
+        return started[-1]
+
+    try:
+        yield start
+    finally:
+        for run in started:
+            if run.process.poll() is None:
+                run.process.kill()
+                run.process.wait()
