@@ -9,7 +9,7 @@ import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
 
 from experiment.run.stack import Stack
-from tests.integration.harness import Compare, comparisons, make_plan
+from tests.integration.harness import KV_BUDGET, Compare, comparisons, make_plan
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome") or "chromium is missing: apt-get install chromium"
 
@@ -18,7 +18,8 @@ CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome") or "chromiu
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     logs = tmp_path_factory.mktemp("stack")
     # float32, in which greedy outputs of both servers are equal.
-    with Stack(make_plan(logs, dtype="float32"), logs, print) as running:
+    plan = make_plan(logs, dtype="float32", kv_budget=KV_BUDGET, vllm_args="--per-request-metrics")
+    with Stack(plan, logs, print) as running:
         running.start()
         yield running
 

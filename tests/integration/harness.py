@@ -15,6 +15,9 @@ import psutil
 from experiment.plan.plan import Plan
 from loadtest.records import count
 
+#: Bytes of KV cache of the servers that are started once for all: no whole number of blocks.
+KV_BUDGET = 100_000_000
+
 
 def free_ports(count: int) -> list[int]:
     with contextlib.ExitStack() as open_sockets:
