@@ -3,7 +3,8 @@
 import json
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import pyarrow.parquet as pq
@@ -83,27 +84,44 @@ def test_a_run_leaves_a_report_that_agrees_with_its_records(whole: Compare) -> N
     assert json.loads(json.dumps(analyse(load(folder)))) == summary
 
 
-@pytest.mark.parametrize(
-    ("victim", "words", "message"),
-    [
-        ("vllm", ("VLLM::EngineCore",), "vllm ended with code 1"),
-        ("vllm", ("vllm.entrypoints.openai.api_server",), "vllm ended with code 1"),
-        ("vllm", ("-m servers.vllm",), "vllm was killed by signal 9"),
-        ("hf", ("-m servers.hf",), "hf was killed by signal 9"),
-    ],
-    ids=["vLLM's engine", "vLLM's server", "what looks after vLLM", "HF server"],
-)
-def test_a_killed_server_ends_the_run_with_its_name_and_a_partial_report(
-    compare: Callable[..., Compare], victim: str, words: tuple[str, ...], message: str
-) -> None:
+#: What is killed, by words of its command line, and what the run then says.
+VICTIMS = {
+    "vLLM's engine": (("VLLM::EngineCore",), "vllm ended with code 1"),
+    "vLLM's server": (("vllm.entrypoints.openai.api_server",), "vllm ended with code 1"),
+    "what looks after vLLM": (("-m servers.vllm",), "vllm was killed by signal 9"),
+    "HF server": (("-m servers.hf",), "hf was killed by signal 9"),
+}
+
+
+def kill(run: Compare, words: Sequence[str]) -> tuple[int, str]:
+    """Kill a process while its server is loaded; returns exit code and output of the run."""
+    run.wait_for_records("hf" if "-m servers.hf" in words else "vllm")
+    run.find(*words).kill()
+    return run.finish(180)
+
+
+@pytest.fixture(scope="module")
+def killings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, tuple[Compare, Future[tuple[int, str]]]]]:
+    """A run for each victim, all at once: most of the time vLLM loads, which keeps one core busy."""
     # The victim's cell is the first.
     both = [{"name": name, "kind": name} for name in ("vllm", "hf")]
-    run = compare(**(HF_ONLY if victim == "hf" else {"output_mean": 150, "min_requests": 60, "targets": both}))
-    run.wait_for_records(victim)
-    run.find(*words).kill()
-    code, output = run.finish(90)
+    with comparisons(tmp_path_factory.mktemp("killings")) as start, ThreadPoolExecutor(len(VICTIMS)) as pool:
+        found = {}
+        for victim, (words, _) in VICTIMS.items():
+            options = HF_ONLY if victim == "HF server" else {"output_mean": 150, "min_requests": 60, "targets": both}
+            run = start(victim, **options)
+            found[victim] = run, pool.submit(kill, run, words)
+        yield found
+
+
+@pytest.mark.parametrize("victim", VICTIMS)
+def test_a_killed_server_ends_the_run_with_its_name_and_a_partial_report(
+    killings: dict[str, tuple[Compare, Future[tuple[int, str]]]], victim: str
+) -> None:
+    run, ended = killings[victim]
+    code, output = ended.result()
     assert code == 1, output
-    assert message in output, output
+    assert VICTIMS[victim][1] in output, output
     assert "Traceback" not in output.replace("(APIServer", "").split("The end of")[0]
     assert run.left_behind() == []
     assert load(run.folder).partial

@@ -115,7 +115,7 @@ class Programs:
     def ended(self, name: str) -> tuple[int, list[str], str]:
         """Return the exit code, the lines that we printed on standard error, and all of standard error."""
         process = self._processes[name]
-        _, errors = process.communicate(timeout=30)
+        _, errors = process.communicate(timeout=90)
         return process.returncode, [line for line in errors.splitlines() if line.startswith("loadtest: ")], errors
 
     def stop(self, name: str) -> None:

@@ -98,15 +98,14 @@ def deploy(tmp_path: Path, server: str) -> Iterator[Deploy]:
         yield lambda workers, options: Fleet(tmp_path, server, workers, options, stack)
 
 
-@pytest.mark.parametrize("workers", [2, 4])
-def test_workers_send_every_request_once_and_leave_one_file(deploy: Deploy, workers: int) -> None:
+def test_workers_send_every_request_once_and_leave_one_file(deploy: Deploy) -> None:
     # Fewer users than workers for a while: they come one by one.
-    fleet = deploy(workers, f"--users {workers} --spawn-rate 4 --warmup 3 --requests 50 --output-mean 5 HF")
+    fleet = deploy(3, "--users 3 --spawn-rate 4 --warmup 3 --requests 50 --output-mean 5 HF")
     code, output = fleet.ended()
     assert code == 0, output
     records = fleet.records()
     assert sorted(record.index for record in records) == list(range(53))
-    assert all(record.worker == record.index % workers for record in records)
+    assert all(record.worker == record.index % 3 for record in records)
     assert {(record.error, record.target) for record in records} == {(None, "hf")}
     assert Counter(record.phase for record in records) == {"warmup": 3, "measured": 50}
     client = fleet.client()
@@ -114,7 +113,7 @@ def test_workers_send_every_request_once_and_leave_one_file(deploy: Deploy, work
     assert client["complete"] is True
     assert client["valid"] is not bool(client["reasons"])  # on a busy machine the workers may have been late
     assert client["requests_ended"] == {"hf": 53}
-    assert sorted(process["worker"] for process in client["processes"]) == list(range(workers))
+    assert sorted(process["worker"] for process in client["processes"]) == [0, 1, 2]
 
 
 def test_the_whole_of_the_workers_is_one_evenly_spaced_process(deploy: Deploy) -> None:
@@ -138,7 +137,7 @@ def test_percentiles_merged_while_the_run_goes_on_are_those_of_all_records_to_1_
     port = free_port()
     lengths = "--workload synthetic --output-lengths uniform --output-mean 12"
     fleet = deploy(
-        4, f"--autostart --web-port {port} --arrival poisson --rate 80 --requests 400 --warmup 9 {lengths} HF"
+        2, f"--autostart --web-port {port} --arrival poisson --rate 80 --requests 400 --warmup 9 {lengths} HF"
     )
     fleet.wait_for_records(409)
     deadline = time.monotonic() + 60
