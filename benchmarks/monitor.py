@@ -41,6 +41,8 @@ from experiment.environment import describe
 from experiment.run.stack import Program, RunError, end, get
 
 SETTLE_SECONDS, START_SECONDS = 3.0, 900.0
+# What a monitor may take of a core by default, and what one sample a second of all values needs at most.
+MAX_CPU, SAMPLE_CPU_SECONDS = 0.02, 6e-5
 LATENESS, MISSED = "monitor_sample_lateness_seconds", "monitor_samples_missed"
 
 
@@ -68,8 +70,11 @@ def monitor(hz: int, servers: Servers) -> Iterator[Program]:
 
 
 def options(hz: int) -> list[str]:
-    """Options of a monitor at a rate."""
-    return ["--hz", str(hz), "--minutes", "5", "--max-cpu", "1"]
+    """Options of a monitor at a rate: it may take what it may by default, or what so many samples need, if more.
+
+    With less it takes fewer samples, as the table says; with far more it would read dear values that often.
+    """
+    return ["--hz", str(hz), "--minutes", "5", "--max-cpu", f"{max(MAX_CPU, hz * SAMPLE_CPU_SECONDS):g}"]
 
 
 def cost(hz: int, seconds: float, program: Program) -> JSON:

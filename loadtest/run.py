@@ -34,6 +34,9 @@ RETRIED: tuple[ErrorKind, ...] = ("connect", "reset", "http_5xx")
 
 Item = TypeVar("Item")
 
+# pyarrow imports pandas, where there is one, with its first array: 0.3 s in which all requests would wait.
+to_bytes([])
+
 
 class Watcher(Protocol):
     """Sees a run while it goes on."""

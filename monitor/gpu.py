@@ -18,8 +18,8 @@ from monitor.timeline import Ring, Series, Timeline
 log = logging.getLogger(__name__)
 
 PROCESSES_HZ, SLOW_HZ, DEAR_HZ = 100, 10, 1
-# Of all that sampling may take, what each dear call may.
-DEAR_SHARE = 0.1
+# Of all that sampling may take, what the dear calls of all GPUs may.
+DEAR_SHARE = 0.4
 # Lines about one call, so that one that flaps does not fill the log.
 MAX_LINES = 20
 # A call that is not supported is tried again after so long; a device is lost when its main call fails for so long.
@@ -58,6 +58,7 @@ class Sampling:
     rates: Rates
     governor: Governor
     clocks: Clocks = CLOCKS
+    cards: int = 1
 
 
 class Gpu:
@@ -186,11 +187,12 @@ class Gpu:
     def _dear(self, sampling: Sampling) -> Schedule:
         """Sample each dear call in a thread and a ring of its own: one that hangs hides no other."""
         self.errors.update(dict.fromkeys((*DEAR, "xid"), 0))
+        max_cpu = sampling.rates.max_cpu * DEAR_SHARE / len(DEAR) / sampling.cards
         for name, call in DEAR.items():
             # Each has one value, or one of each of two kinds.
             ring = sampling.timeline.ring(f"gpu{self.gpu}-{name}", sampling.rates.seconds * DEAR_HZ, 2)
             schedule = Schedule(DEAR_HZ, partial(self._read, name, {name: call}, ring), clocks=sampling.clocks)
-            self._sampled(name, within(sampling.rates.max_cpu * DEAR_SHARE, schedule.steps()), [ring])
+            self._sampled(name, within(max_cpu, schedule.steps()), [ring])
         return schedule
 
     def _sampled(self, tier: str, steps: Iterator[float], rings: list[Ring]) -> None:

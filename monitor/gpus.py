@@ -4,6 +4,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pynvml
@@ -147,6 +148,7 @@ class Gpus:
 
     def _open(self) -> None:
         found = open_nvml(self._errors)
+        self._sampling = replace(self._sampling, cards=max(1, len(found.devices)))
         self._take_in(found.devices)
         self._parts_listed = self._look_for_parts()
         self._listen()

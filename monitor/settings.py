@@ -23,8 +23,8 @@ class Settings(BaseSettings):
         le=1000,
         description="samples of the memory of each GPU a second; of its processes up to 100 while that changes and "
         "else 10, of utilization, power, clocks, throttling and temperature up to 10, of the servers' processes on "
-        "the host up to 10; energy, PCIe, NVLink and ECC are read once a second, or seldomer where they take more "
-        "than a tenth of --max-cpu each",
+        "the host up to 10; energy, PCIe, NVLink and ECC are read once a second, or seldomer where those of all "
+        "GPUs take more than two fifths of --max-cpu",
     )
     minutes: int = Field(30, ge=1, le=1440, description="how long samples are kept, in memory that is taken at once")
     max_cpu: float = Field(

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from http.client import HTTPException
@@ -158,18 +158,24 @@ class Stack:
     def _start(self, commands: dict[str, "str | list[str]"]) -> None:
         """Start programs by their commands, or use those at a URL; wait until all are healthy."""
         started = time.monotonic()
-        for name, command in commands.items():
+        # vLLM measures how much memory of a GPU is free: the others must have taken theirs by then.
+        on_gpu = bool(find_gpus()[0])
+        for name, command in sorted(commands.items(), key=lambda item: "servers.vllm" in item[1]):
             log = self._logs / f"{name}.log"
+            if on_gpu and "servers.vllm" in command:
+                self._wait_for(commands, started)
             if isinstance(command, str):
                 self._remotes[name] = Remote(name, command.rstrip("/"))
             else:
                 url = f"http://127.0.0.1:{command[command.index('--port') + 1]}"
                 self.programs[name] = Program(name, self._spawn(name, command, log), log, url)
-            if find_gpus()[0]:
-                # vLLM measures how much memory is free: the others must have taken theirs by then.
+        self._wait_for(commands, started)
+
+    def _wait_for(self, names: Iterable[str], started: float) -> None:
+        """Wait until those of them that were started are healthy; raises RunError."""
+        for name in names:
+            if name in self:
                 self._wait_until_healthy(self[name], started)
-        for name in commands:
-            self._wait_until_healthy(self[name], started)
 
     def _spawn(self, name: str, command: list[str], log: Path) -> subprocess.Popen[bytes]:
         environment = {"HEADROOM_SERVER": name} if name != "monitor" else {}

@@ -1,7 +1,10 @@
 """One run: requests out, records in, and what the client measures of itself."""
 
 import json
+import os
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -20,6 +23,7 @@ from loadtest.records import Record, RecordFile, read
 from loadtest.run import FLUSH_SECONDS, START_SECONDS, Part, Run, Share, whole
 from loadtest.selfcheck import SelfCheck
 
+ROOT = Path(__file__).parents[3]
 ANSWER_ID = 777
 TOKEN = (
     b'data: {"choices":[{"text":"a","token_ids":[777],"finish_reason":"length"}],'
@@ -378,3 +382,13 @@ def test_a_busy_client_shows_in_its_cpu_share() -> None:
     assert isinstance(idle, float)
     assert isinstance(busy_share, float)
     assert idle < busy_share <= 1.5
+
+
+def test_what_pyarrow_imports_with_its_first_array_is_there_before_a_run(tmp_path: Path) -> None:
+    asked = tmp_path / "asked"
+    (tmp_path / "pandas.py").write_text(f"open({str(asked)!r}, 'x')\nraise ImportError")
+    command = [sys.executable, "-c", "import loadtest.records, os; print(os.path.exists({0!r})); import loadtest.run"]
+    command[-1] = command[-1].format(str(asked))
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    said = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert (said, asked.exists()) == ("False\n", True)

@@ -385,3 +385,34 @@ def test_where_one_server_is_up_another_ends_before_it_starts(
     made.focus("b")
     assert sleeper.process.returncode == -signal.SIGTERM
     assert list(made.programs) == ["b"]
+
+
+def test_on_gpus_each_vllm_starts_when_all_before_it_have_their_memory(
+    tmp_path: Path, sleeper: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    happened: list[str] = []
+
+    def spawn(command: list[str], *_: Any) -> subprocess.Popen[bytes]:
+        happened.append(f"start {command[-1]}")
+        return sleeper.process
+
+    def is_up(program: Program) -> bool:
+        happened.append(f"up {program.name}")
+        return True
+
+    targets = [{"name": name, "kind": name[:-1]} for name in ("vllm1", "hf1", "vllm2", "hf2")]
+    made = Stack(make_plan(targets=targets), tmp_path, lambda _: None)
+    commands = {
+        name: [f"servers.{name[:-1]}", "--port", "1", "--name", name] for name in ("vllm1", "hf1", "vllm2", "hf2")
+    }
+    monkeypatch.setattr(made, "_servers", lambda: commands)
+    monkeypatch.setattr(made, "_monitor", lambda: ["monitor", "--port", "1", "--name", "monitor"])
+    monkeypatch.setattr(stack, "spawn", spawn)
+    monkeypatch.setattr(stack, "_is_up", is_up)
+    monkeypatch.setattr(stack, "find_gpus", lambda: ([{"name": "one"}], None))
+    made.start()
+    started = [happened.index(f"start {name}") for name in ("monitor", "hf1", "hf2", "vllm1", "vllm2")]
+    up = [happened.index(f"up {name}") for name in ("monitor", "hf1", "hf2", "vllm1", "vllm2")]
+    assert started == sorted(started)
+    assert started[2] < min(up)
+    assert max(up[:3]) < started[3] < up[3] < started[4] < up[4]
