@@ -65,14 +65,14 @@ class Compare:
 
     def wait_for_records(self, target: str) -> None:
         """Wait until a cell of the target has its first record."""
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + 480
         while time.monotonic() < deadline:
             assert self.process.poll() is None, self.process.communicate()[0]
             if any(count(path) for path in self.out.glob(f"*/cells/*-{target}-*/records.arrow")):
                 self.seen = psutil.Process(self.process.pid).children(recursive=True)
                 return
             time.sleep(0.05)
-        raise AssertionError(f"no record of {target} within 240 s")
+        raise AssertionError(f"no record of {target} within 480 s")
 
     def find(self, *words: str) -> psutil.Process:
         """The process whose command line holds all the words."""
