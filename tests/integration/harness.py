@@ -78,7 +78,7 @@ class Compare:
         """The process whose command line holds all the words."""
         return next(p for p in self.seen if all(word in " ".join(p.cmdline()) for word in words))
 
-    def finish(self, seconds: float = 240) -> tuple[int, str]:
+    def finish(self, seconds: float = 480) -> tuple[int, str]:
         """Wait for the end; returns exit code and output."""
         output, _ = self.process.communicate(timeout=seconds)
         return self.process.returncode, output

@@ -40,7 +40,7 @@ def test_a_budget_below_one_sequence_ends_with_1_and_is_named(tmp_path: Path) ->
     command = [sys.executable, "-m", "servers.vllm", "--port", str(port), *given]
     process = spawn(command, log, {"HF_HUB_OFFLINE": "1"})
     try:
-        assert process.wait(240) == 1
+        assert process.wait(480) == 1
     finally:
         process.terminate()
         end(process, 30)
