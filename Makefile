@@ -17,7 +17,7 @@ up: $(READY)  ## both servers, the monitor and Locust's web UI, until Ctrl-C
 	@$(BIN)/headroom up $(ARGS)
 
 test: check  ## everything that must pass: lint, types, unit tests, tests with the real servers
-	$(BIN)/pytest tests/unit
+	$(BIN)/pytest tests/unit -n 2 --dist loadfile --no-loadscope-reorder
 	$(BIN)/pytest tests/integration
 
 check: .venv/ready-dev
