@@ -22,7 +22,7 @@ from servers.hf.engine import ModelEngine
 from servers.hf.jobs import Job
 from servers.hf.kv import Held, bytes_per_token
 from servers.hf.padded import PaddedEngine
-from tests.unit.servers.conftest import Greedy, MakeEngine, Start, idle, job, serve, until
+from tests.unit.servers.conftest import PATIENCE_SECONDS, Greedy, MakeEngine, Start, idle, job, serve, until
 
 CONTEXT = 64
 BLOCK_SIZE = 16
@@ -249,7 +249,7 @@ async def client(engine: ModelEngine, ask: Ask, number: int) -> tuple[Job, list[
     if ask.cancel_after == 0:
         engine.cancel(one)
         return one, said
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         async for step in one.steps():
             said.append(step.token_id)
             if len(said) == ask.cancel_after:
