@@ -24,7 +24,7 @@ worker: .venv/ready-worker  ## send requests for a load test whose master is on 
 		|| ended=$$?; done; exit $$ended  # 5: cut off from the master
 
 test: check  ## everything that must pass: lint, types, unit tests, tests with the real servers
-	$(BIN)/pytest tests/unit
+	$(BIN)/pytest tests/unit -n 2 --dist loadfile --no-loadscope-reorder
 	$(BIN)/pytest tests/integration
 
 check: .venv/ready-dev

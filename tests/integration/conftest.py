@@ -4,13 +4,12 @@ import shutil
 import urllib.parse
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
 
 from experiment.run.stack import Stack
-from tests.integration.harness import Compare, make_plan
+from tests.integration.harness import KV_BUDGET, Compare, comparisons, make_plan
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome") or "chromium is missing: apt-get install chromium"
 
@@ -19,7 +18,8 @@ CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome") or "chromiu
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     logs = tmp_path_factory.mktemp("stack")
     # float32, in which greedy outputs of both servers are equal.
-    with Stack(make_plan(logs, dtype="float32"), logs, print) as running:
+    plan = make_plan(logs, dtype="float32", kv_budget=KV_BUDGET, vllm_args="--per-request-metrics")
+    with Stack(plan, logs, print) as running:
         running.start()
         yield running
 
@@ -27,17 +27,8 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
 @pytest.fixture
 def compare(tmp_path: Path) -> Iterator[Callable[..., Compare]]:
     """Start a comparison with the given options of the plan; killed after the test if it still runs."""
-    started: list[Compare] = []
-
-    def start(out: str = "results", **options: Any) -> Compare:
-        started.append(Compare(tmp_path / out, **options))
-        return started[-1]
-
-    yield start
-    for run in started:
-        if run.process.poll() is None:
-            run.process.kill()
-            run.process.wait()
+    with comparisons(tmp_path) as start:
+        yield start
 
 
 @pytest.fixture(scope="module")

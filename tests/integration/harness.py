@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,9 @@ import psutil
 
 from experiment.plan.plan import Plan
 from loadtest.records import count
+
+#: Bytes of KV cache of the servers that are started once for all: no whole number of blocks.
+KV_BUDGET = 100_000_000
 
 
 def free_ports(count: int) -> list[int]:
@@ -61,20 +65,20 @@ class Compare:
 
     def wait_for_records(self, target: str) -> None:
         """Wait until a cell of the target has its first record."""
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + 480
         while time.monotonic() < deadline:
             assert self.process.poll() is None, self.process.communicate()[0]
             if any(count(path) for path in self.out.glob(f"*/cells/*-{target}-*/records.arrow")):
                 self.seen = psutil.Process(self.process.pid).children(recursive=True)
                 return
             time.sleep(0.05)
-        raise AssertionError(f"no record of {target} within 240 s")
+        raise AssertionError(f"no record of {target} within 480 s")
 
     def find(self, *words: str) -> psutil.Process:
         """The process whose command line holds all the words."""
         return next(p for p in self.seen if all(word in " ".join(p.cmdline()) for word in words))
 
-    def finish(self, seconds: float = 240) -> tuple[int, str]:
+    def finish(self, seconds: float = 480) -> tuple[int, str]:
         """Wait for the end; returns exit code and output."""
         output, _ = self.process.communicate(timeout=seconds)
         return self.process.returncode, output
@@ -83,3 +87,21 @@ class Compare:
         """Processes that outlived the run by more than 3 seconds."""
         _, alive = psutil.wait_procs(self.seen, timeout=3)
         return [" ".join(process.cmdline()) for process in alive if process.status() != psutil.STATUS_ZOMBIE]
+
+
+@contextlib.contextmanager
+def comparisons(folder: Path) -> Iterator[Callable[..., Compare]]:
+    """Start comparisons with the given options of the plan; those that still run at the end are killed."""
+    started: list[Compare] = []
+
+    def start(out: str = "results", **options: Any) -> Compare:
+        started.append(Compare(folder / out, **options))
+        return started[-1]
+
+    try:
+        yield start
+    finally:
+        for run in started:
+            if run.process.poll() is None:
+                run.process.kill()
+                run.process.wait()

@@ -3,23 +3,55 @@
 import json
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 
 import pyarrow.parquet as pq
 import pytest
 
 from experiment.analysis.analyse import analyse
-from experiment.analysis.results import CellResult, load
+from experiment.analysis.results import CellResult, Results, load
 from experiment.history.listing import describe, line
 from experiment.run.stack import Stack
-from tests.integration.harness import Compare
+from tests.integration.harness import Compare, comparisons
+
+WHOLE = {"repeats": 2, "output_mean": 30}
+#: A run that is stopped before its end and whose servers are not what the test is about: quick to start.
+HF_ONLY = {"targets": [{"name": "hf", "kind": "hf"}], "vllm_args": "", "output_mean": 150, "min_requests": 60}
 
 
-def test_a_run_leaves_a_report_that_agrees_with_its_records(compare: Callable[..., Compare]) -> None:
-    run = compare(repeats=2)
-    code, output = run.finish()
-    assert code == 0, output
-    folder = run.folder
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Compare]:
+    """A run that came to its end."""
+    with comparisons(tmp_path_factory.mktemp("whole")) as start:
+        run = start(**WHOLE)
+        code, output = run.finish()
+        assert code == 0, output
+        yield run
+
+
+@dataclass(frozen=True)
+class Killed:
+    """A run like the whole one that was killed, the processes that outlived it, and what its folder held then."""
+
+    run: Compare
+    left: list[str]
+    results: Results
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Killed]:
+    with comparisons(tmp_path_factory.mktemp("killed")) as start:
+        run = start(**WHOLE)
+        run.wait_for_records("vllm")
+        run.process.kill()
+        run.process.wait()
+        yield Killed(run, run.left_behind(), load(run.folder))
+
+
+def test_a_run_leaves_a_report_that_agrees_with_its_records(whole: Compare) -> None:
+    folder = whole.folder
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["state"] == "complete"
     order = [(cell["level"], cell["target"]) for cell in summary["cells"]]
@@ -54,27 +86,44 @@ def test_a_run_leaves_a_report_that_agrees_with_its_records(compare: Callable[..
     assert json.loads(json.dumps(analyse(load(folder)))) == summary
 
 
-@pytest.mark.parametrize(
-    ("victim", "words", "message"),
-    [
-        ("vllm", ("VLLM::EngineCore",), "vllm ended with code 1"),
-        ("vllm", ("vllm.entrypoints.openai.api_server",), "vllm ended with code 1"),
-        ("vllm", ("-m servers.vllm",), "vllm was killed by signal 9"),
-        ("hf", ("-m servers.hf",), "hf was killed by signal 9"),
-    ],
-    ids=["vLLM's engine", "vLLM's server", "what looks after vLLM", "HF server"],
-)
-def test_a_killed_server_ends_the_run_with_its_name_and_a_partial_report(
-    compare: Callable[..., Compare], victim: str, words: tuple[str, ...], message: str
-) -> None:
-    # The victim's cell is the first.
-    targets = sorted(({"name": name, "kind": name} for name in ("hf", "vllm")), key=lambda one: one["name"] != victim)
-    run = compare(output_mean=150, min_requests=60, targets=targets)
-    run.wait_for_records(victim)
+#: What is killed, by words of its command line, and what the run then says.
+VICTIMS = {
+    "vLLM's engine": (("VLLM::EngineCore",), "vllm ended with code 1"),
+    "vLLM's server": (("vllm.entrypoints.openai.api_server",), "vllm ended with code 1"),
+    "what looks after vLLM": (("-m servers.vllm",), "vllm was killed by signal 9"),
+    "HF server": (("-m servers.hf",), "hf was killed by signal 9"),
+}
+
+
+def kill(run: Compare, words: Sequence[str]) -> tuple[int, str]:
+    """Kill a process while its server is loaded; returns exit code and output of the run."""
+    run.wait_for_records("hf" if "-m servers.hf" in words else "vllm")
     run.find(*words).kill()
-    code, output = run.finish(90)
+    return run.finish(180)
+
+
+@pytest.fixture(scope="module")
+def killings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, tuple[Compare, Future[tuple[int, str]]]]]:
+    """A run for each victim, all at once: most of the time vLLM loads, which keeps one core busy."""
+    # The victim's cell is the first.
+    both = [{"name": name, "kind": name} for name in ("vllm", "hf")]
+    with comparisons(tmp_path_factory.mktemp("killings")) as start, ThreadPoolExecutor(len(VICTIMS)) as pool:
+        found = {}
+        for victim, (words, _) in VICTIMS.items():
+            options = HF_ONLY if victim == "HF server" else {"output_mean": 150, "min_requests": 60, "targets": both}
+            run = start(victim, **options)
+            found[victim] = run, pool.submit(kill, run, words)
+        yield found
+
+
+@pytest.mark.parametrize("victim", VICTIMS)
+def test_a_killed_server_ends_the_run_with_its_name_and_a_partial_report(
+    killings: dict[str, tuple[Compare, Future[tuple[int, str]]]], victim: str
+) -> None:
+    run, ended = killings[victim]
+    code, output = ended.result()
     assert code == 1, output
-    assert message in output, output
+    assert VICTIMS[victim][1] in output, output
     assert "Traceback" not in output.replace("(APIServer", "").split("The end of")[0]
     assert run.left_behind() == []
     assert load(run.folder).partial
@@ -82,7 +131,7 @@ def test_a_killed_server_ends_the_run_with_its_name_and_a_partial_report(
 
 
 def test_a_killed_load_generator_ends_the_run(compare: Callable[..., Compare]) -> None:
-    run = compare(output_mean=150)
+    run = compare(**HF_ONLY)
     run.wait_for_records("hf")
     run.find("locustfile.py").kill()
     code, output = run.finish(90)
@@ -109,36 +158,25 @@ def test_ctrl_c_keeps_what_was_measured_and_leaves_no_process(compare: Callable[
     assert "Partial." in (run.folder / "report.html").read_text()
 
 
-def test_a_killed_headroom_leaves_no_process_and_a_readable_folder(compare: Callable[..., Compare]) -> None:
-    run = compare(output_mean=150)
-    run.wait_for_records("hf")
-    run.process.kill()
-    run.process.wait()
-    assert run.left_behind() == []
-    results = load(run.folder)
-    assert results.partial
-    assert results.cells[0].records
-    assert results.memory.caches["hf"].time_ns.size
+def test_a_killed_headroom_leaves_no_process_and_a_readable_folder(killed: Killed) -> None:
+    assert killed.left == []
+    assert killed.results.partial
+    assert killed.results.cells[0].records
+    assert killed.results.memory.caches["hf"].time_ns.size
 
 
-def test_a_killed_run_goes_on_and_its_report_is_that_of_a_whole_one(compare: Callable[..., Compare]) -> None:
-    options = {"repeats": 2, "levels": [1, 2], "output_mean": 30}
-    whole = compare("whole", **options)
-    assert whole.finish()[0] == 0
-    killed = compare("killed", **options)
-    killed.wait_for_records("vllm")
-    killed.process.kill()
-    killed.process.wait()
-    assert killed.left_behind() == []
-    resumed = compare("killed", resume=killed.folder)
-    code, output = resumed.finish()
+def test_a_killed_run_goes_on_and_its_report_is_that_of_a_whole_one(
+    compare: Callable[..., Compare], whole: Compare, killed: Killed
+) -> None:
+    folder = killed.run.folder
+    code, output = compare(resume=folder).finish()
     assert code == 0, output
 
-    first, second = (load(run.folder) for run in (whole, killed))
+    first, second = (load(path) for path in (whole.folder, folder))
     assert not second.partial
     assert len(second.environment["parts"]) == 2
-    assert len(list((killed.folder / "set-aside").iterdir())) == 1
-    assert [path.name for path in sorted(killed.folder.glob("cells/*"))] == [
+    assert len(list((folder / "set-aside").iterdir())) == 1
+    assert [path.name for path in sorted(folder.glob("cells/*"))] == [
         path.name for path in sorted(whole.folder.glob("cells/*"))
     ]
     for one, other in zip(first.cells, second.cells, strict=True):
@@ -154,7 +192,7 @@ def test_a_killed_run_goes_on_and_its_report_is_that_of_a_whole_one(compare: Cal
     assert [level["level"] for level in summary["levels"]] == [level["level"] for level in expected["levels"]]
     for level in summary["levels"]:
         assert all(figures["memory"]["kv"]["samples"] > 0 for figures in level["targets"].values())
-    assert "Partial." not in (killed.folder / "report.html").read_text()
+    assert "Partial." not in (folder / "report.html").read_text()
 
 
 def sent(cell: CellResult) -> list[tuple[int, str, int | None, int | None]]:

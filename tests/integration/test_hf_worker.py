@@ -85,15 +85,15 @@ async def test_requests_that_the_pipe_could_not_hold_for_a_busy_model_are_all_an
     model.suspend()
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
         fields: dict[str, Any] = {"prompt": [300] * 1500, "max_tokens": 1, "ignore_eos": True}
-        asked = [asyncio.create_task(post(session, server.url, **fields)) for _ in range(200)]
+        asked = [asyncio.create_task(post(session, server.url, **fields)) for _ in range(100)]
         async with asyncio.timeout(PATIENCE_SECONDS), session.get(server.url + "/health") as healthy:
             assert healthy.status == 200
         await asyncio.sleep(1)  # all are on their way
         model.resume()
-        async with asyncio.timeout(60):
-            assert [response.status for response in await asyncio.gather(*asked)] == [200] * 200
+        async with asyncio.timeout(120):
+            assert [response.status for response in await asyncio.gather(*asked)] == [200] * 100
     after = server.metrics()
-    assert (after["hf:request_total length"], after["hf:num_requests_running"]) == (200, 0)
+    assert (after["hf:request_total length"], after["hf:num_requests_running"]) == (100, 0)
 
 
 async def test_a_killed_server_leaves_no_model_behind(server: HfServer) -> None:

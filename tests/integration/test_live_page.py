@@ -9,7 +9,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -74,12 +74,25 @@ class Locust:
         return self
 
 
+@contextmanager
+def started(folder: Path) -> Iterator[Locust]:
+    with ExitStack() as stack:
+        locust = Locust(folder, stack)
+        locust.start("--web-port", str(locust.port))
+        yield locust.ready()
+
+
 @pytest.fixture
 def locust(tmp_path: Path) -> Iterator[Locust]:
-    with ExitStack() as stack:
-        started = Locust(tmp_path, stack)
-        started.start("--web-port", str(started.port))
-        yield started.ready()
+    with started(tmp_path) as locust:
+        yield locust
+
+
+@pytest.fixture(scope="module")
+def idle(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Locust]:
+    """One that runs no test."""
+    with started(tmp_path_factory.mktemp("idle")) as locust:
+        yield locust
 
 
 def cell(page: Page, row: str, column: int) -> str:
@@ -139,8 +152,8 @@ def test_a_second_test_starts_the_page_anew(locust: Locust, page: Page) -> None:
     expect(page.get_by_text(re.compile("Running, 1 user, 0:0[01]"))).to_be_visible(timeout=5_000)
 
 
-def test_the_page_says_when_locust_does_not_answer_and_goes_on_when_it_does(locust: Locust, page: Page) -> None:
-    page.goto(locust.url + "/servers")
+def test_the_page_says_when_locust_does_not_answer_and_goes_on_when_it_does(idle: Locust, page: Page) -> None:
+    page.goto(idle.url + "/servers")
     page.route("**/servers.json*", lambda route: route.abort())
     expect(page.get_by_text("Locust does not answer")).to_be_visible()
     page.unroute("**/servers.json*")
@@ -170,9 +183,9 @@ def test_a_moment_of_a_chart_is_read_by_pointing_at_it(locust: Locust, page: Pag
     expect(page.get_by_role("img", name=re.compile("Requests in flight.*vllm: 2 requests"))).to_be_visible()
 
 
-def test_no_other_site_may_read_or_frame_what_we_answer(locust: Locust) -> None:
+def test_no_other_site_may_read_or_frame_what_we_answer(idle: Locust) -> None:
     for path in ("/servers", "/servers.json", "/servers/records", "/servers/servers.js", "/metrics"):
-        headers = locust.get(path).headers
+        headers = idle.get(path).headers
         assert "Access-Control-Allow-Origin" not in headers, path
         assert "default-src 'self'" in headers["Content-Security-Policy"], path
 
@@ -185,8 +198,8 @@ def test_no_other_site_may_read_or_frame_what_we_answer(locust: Locust) -> None:
         ("/servers.json?since=yesterday", 400, "since: 'yesterday': expected a whole number"),
     ],
 )
-def test_what_is_not_there_is_said(locust: Locust, path: str, status: int, says: str) -> None:
-    response = locust.get(path)
+def test_what_is_not_there_is_said(idle: Locust, path: str, status: int, says: str) -> None:
+    response = idle.get(path)
     assert response.status_code == status
     assert says in response.text
 

@@ -25,7 +25,7 @@ FailForward = Callable[..., None]
 Outcome = tuple[list[int], str | None]
 
 NO_MEMORY = "CUDA out of memory. Tried to allocate 2.00 GiB."
-PATIENCE_SECONDS = 10
+PATIENCE_SECONDS = 60
 
 
 def job(prompt: int, count: int, first: int = 300, **fields: Any) -> Job:

@@ -28,7 +28,7 @@ from tests.unit.servers.harness import (
 )
 
 #: Seconds for what takes milliseconds.
-PATIENCE = 5.0
+PATIENCE = 20.0
 
 
 @pytest.fixture

@@ -57,13 +57,13 @@ def gate(run: Path, client: Path, rule: str) -> JSON:
 
 def test_what_the_load_generator_says_against_a_run_fails_a_rule(tmp_path: Path, url: str) -> None:
     whole, stopped = send(url, tmp_path / "whole", 20), send(url, tmp_path / "stopped", 100_000)
-    assert whole.wait(60) == 0
+    assert whole.wait(180) == 0
     records = tmp_path / "stopped" / "records.arrow"
     while not records.exists() or not count(records):
         assert stopped.poll() is None
         time.sleep(0.02)
     stopped.send_signal(signal.SIGTERM)
-    stopped.wait(60)
+    stopped.wait(180)
     run = make_folder(tmp_path / "run")
 
     fast = gate(run, tmp_path / "whole" / "client.json", FAST)

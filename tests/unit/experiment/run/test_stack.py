@@ -265,9 +265,9 @@ def test_a_server_that_does_not_say_its_context_is_named(
 ) -> None:
     programs = {
         "hf": Program("hf", sleeper.process, sleeper.log, serve(context(2048))),
-        "vllm": Program("vllm", sleeper.process, sleeper.log, serve(bodies)),
+        "vllm": Program("vllm", sleeper.process, sleeper.log, serve(bodies | {"/health": b""})),
     }
-    with pytest.raises(RunError, match=r"^vllm "):
+    with pytest.raises(RunError, match=r"^vllm does not say in /v1/models how long its context is"):
         make_stack(tmp_path, **programs).max_model_len()
 
 

@@ -105,6 +105,6 @@ def test_an_idle_tls_connection_that_the_server_closed_is_no_error(
     server = encrypt(serve([[answer(STREAM), hang_up]], [[answer(STREAM)]]))
     connection = connect(server.url)
     assert post(connection).error is None
-    assert server.closed[0].wait(5)
+    assert server.closed[0].wait(30)
     assert post(connection).error is None
     assert [number for number, _ in server.requests] == [0, 1]
