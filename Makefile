@@ -4,10 +4,11 @@ DEVICE ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
 BIN := .venv/bin
 READY := .venv/ready-$(DEVICE)
 ARGS ?=
+DOCKER_RUNS := docker info >/dev/null 2>&1 && docker compose version >/dev/null 2>&1
 
 $(if $(filter cpu gpu,$(DEVICE)),,$(error DEVICE=$(DEVICE): expected cpu or gpu))
 
-.PHONY: compare up test check install clean
+.PHONY: compare up test test-system check install clean
 .DELETE_ON_ERROR:
 
 compare: $(READY)  ## compare both servers on this machine; options: make compare ARGS="--model random:gpt2"
@@ -16,14 +17,21 @@ compare: $(READY)  ## compare both servers on this machine; options: make compar
 up: $(READY)  ## both servers, the monitor and Locust's web UI, until Ctrl-C
 	@$(BIN)/headroom up $(ARGS)
 
-test: check  ## everything that must pass: lint, types, unit tests, tests with the real servers
+test: check  ## everything that must pass: lint, types, unit tests, tests with the real servers, the stack where Docker is
 	$(BIN)/pytest tests/unit
 	$(BIN)/pytest tests/integration
+	@if $(DOCKER_RUNS); then $(MAKE) test-system; else \
+		echo "Not run: tests/system, which needs Docker with Compose v2; where that is: make test-system"; fi
+
+test-system: .venv/ready-dev  ## the containers: built, brought up, loaded, killed
+	@$(DOCKER_RUNS) || { docker info; docker compose version; echo "make test-system needs both to answer" >&2; exit 1; }
+	$(BIN)/pytest tests/system
 
 check: .venv/ready-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/hadolint $(wildcard */Dockerfile */*/Dockerfile)
 
 install: $(READY)
 
