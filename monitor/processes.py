@@ -174,7 +174,8 @@ class Processes:
             after = cpu_clock()
             owed += (after - before) * (1 / max_cpu - 1)
             before = after
-            wait = min(max(LEAST_WAIT, owed), MOST_WAIT)
+            new = any(process.shared_ns < 0 for process in self._members.values())
+            wait = LEAST_WAIT if new else min(max(LEAST_WAIT, owed), MOST_WAIT)
             yield wait
             owed = max(0.0, owed - wait)
 

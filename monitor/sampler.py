@@ -16,6 +16,8 @@ STALE_NS = 5 * SECOND
 # Reviews, one a second, in a row that must leave room before a slowed source goes faster again, and how much room.
 CALM_REVIEWS = 30
 ROOM = 0.8
+# Reviews in a row in which all else takes too much, until that is said.
+LONG_REVIEWS = 10
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,7 @@ class Governor:
         self.divider = 1
         self._max_cpu = max_cpu
         self._hz = hz
-        self._calm = 0
+        self._calm = self._over = 0
         self._before: tuple[int, float, float] | None = None
         self._said: set[str] = set()
 
@@ -136,10 +138,13 @@ class Governor:
 
     def decide(self, total: float, fast: float) -> None:
         """Halve the rates after a second of too much CPU (shares of a core); double them after many with room."""
-        if total > self._max_cpu:
+        self._over = self._over + 1 if total > self._max_cpu else 0
+        if self._over:
             self._calm = 0
             if fast <= self._max_cpu / 2:
-                self._say("reading processes and the dear values of GPUs takes more than half of --max-cpu")
+                # To look at a new process for the first time takes more than later.
+                if self._over == LONG_REVIEWS:
+                    self._say("reading processes and the dear values of GPUs takes more than half of --max-cpu")
             elif self.divider * 2 <= self._hz:
                 self.divider *= 2
                 self._say(
