@@ -8,7 +8,7 @@ DOCKER_RUNS := docker info >/dev/null 2>&1 && docker compose version >/dev/null 
 
 $(if $(filter cpu gpu,$(DEVICE)),,$(error DEVICE=$(DEVICE): expected cpu or gpu))
 
-.PHONY: compare up test test-system check install clean
+.PHONY: compare up test check install clean
 .DELETE_ON_ERROR:
 
 compare: $(READY)  ## compare both servers on this machine; options: make compare ARGS="--model random:gpt2"
@@ -23,6 +23,7 @@ test: check  ## everything that must pass: lint, types, unit tests, tests with t
 	@if $(DOCKER_RUNS); then $(MAKE) test-system; else \
 		echo "Not run: tests/system, which needs Docker with Compose v2; where that is: make test-system"; fi
 
+.PHONY: test-system
 test-system: .venv/ready-dev  ## the containers: built, brought up, loaded, killed
 	@$(DOCKER_RUNS) || { docker info; docker compose version; echo "make test-system needs both to answer" >&2; exit 1; }
 	$(BIN)/pytest tests/system
