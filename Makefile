@@ -17,7 +17,7 @@ compare: $(READY)  ## compare both servers on this machine; options: make compar
 up: $(READY)  ## both servers, the monitor and Locust's web UI, until Ctrl-C
 	@$(BIN)/headroom up $(ARGS)
 
-test: check  ## everything that must pass: lint, types, unit tests, tests with the real servers, the stack where Docker is
+test: check  ## everything that must pass: lint, types, unit tests, tests with the real servers
 	$(BIN)/pytest tests/unit
 	$(BIN)/pytest tests/integration
 	@if $(DOCKER_RUNS); then $(MAKE) test-system; else \
