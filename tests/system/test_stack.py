@@ -35,7 +35,9 @@ def start(stack: Compose, **options: Any) -> None:
     """Start a run as the form of the web UI does; a worker that lost its master takes a minute to look for it anew."""
     stats = f"{stack.url('locust')}/stats/requests"
     until(lambda: httpx.get(stats, timeout=10).json()["workers"], 100, lambda: "no worker")
-    form = {"user_count": 8, "spawn_rate": 8, **options}
+    # The form keeps what it was given last.
+    usual = {"requests": 0, "endpoint": "completions", "tokenizer": ""}
+    form = {"user_count": 8, "spawn_rate": 8, **usual, **options}
     answer = httpx.post(f"{stack.url('locust')}/swarm", data=form, timeout=20).json()
     assert answer["success"], answer
 
