@@ -8,7 +8,7 @@ DOCKER_RUNS := docker info >/dev/null 2>&1 && docker compose version >/dev/null 
 
 $(if $(filter cpu gpu,$(DEVICE)),,$(error DEVICE=$(DEVICE): expected cpu or gpu))
 
-.PHONY: compare up test check install clean
+.PHONY: compare up worker test check install clean
 .DELETE_ON_ERROR:
 
 compare: $(READY)  ## compare both servers on this machine; options: make compare ARGS="--model random:gpt2"
@@ -16,6 +16,13 @@ compare: $(READY)  ## compare both servers on this machine; options: make compar
 
 up: $(READY)  ## both servers, the monitor and Locust's web UI, until Ctrl-C
 	@$(BIN)/headroom up $(ARGS)
+
+PORT ?= 5557
+worker: .venv/ready-worker  ## send requests for a load test whose master is on another host: make worker MASTER=host
+	@test -n "$(MASTER)" || { echo "MASTER: expected the master's host: make worker MASTER=host [PORT=5557]" >&2; exit 2; }
+	@ended=5; while [ $$ended = 5 ]; do ended=0; \
+		$(BIN)/python -m locust -f loadtest/locustfile.py --worker --master-host "$(MASTER)" --master-port $(PORT) \
+		|| ended=$$?; done; exit $$ended  # 5: cut off from the master
 
 test: check  ## everything that must pass: lint, types, unit tests, tests with the real servers
 	$(BIN)/pytest tests/unit
@@ -44,6 +51,12 @@ $(READY): requirements/$(DEVICE).txt $(wildcard requirements/torch-$(DEVICE).txt
 	@test -e $@ || rm -rf .venv
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@PYTHON=$(BIN)/python sh requirements/install.sh $(DEVICE)
+	@touch $@
+
+# The load generator alone; an environment that has more already is left as it is.
+.venv/ready-worker: requirements/loadtest.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(BIN)/pip install --quiet --disable-pip-version-check -c requirements/cpu.txt -c requirements/dev.txt -r $<
 	@touch $@
 
 .venv/ready-dev: $(READY) requirements/dev.txt

@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,8 @@ from loadtest.records import RecordFile
 
 # Past these the load generator itself shapes the latencies it reports.
 LIMITS = {"cpu_share": 0.8, "loop_lag_p99_seconds": 0.010, "send_lateness_p99_seconds": 0.010}
+# Workers on several hosts send on one schedule: it is kept as far as their clocks are known to agree.
+CLOCK_SECONDS = LIMITS["send_lateness_p99_seconds"]
 
 
 class Keeper:
@@ -25,18 +27,29 @@ class Keeper:
         self._file = RecordFile(self.path)
         self.write = self._file.write
 
-    def close(self, processes: Sequence[dict[str, Any]], lost: Sequence[int], complete: bool) -> dict[str, Any]:
+    def close(
+        self,
+        processes: Sequence[dict[str, Any]],
+        lost: Sequence[int],
+        complete: bool,
+        workers: Sequence[dict[str, Any]] = (),
+    ) -> dict[str, Any]:
         """Write client.json and return it: each process's figures, the worst of each, and what is against the run.
 
-        `complete`: it was not stopped before all was sent and answered.
+        `complete`: it was not stopped before all was sent and answered. `workers`: where each ran, and its connection.
         """
         self._file.close()
-        report = {"complete": complete, **summarize(processes, lost, known_limit())}
+        report = {"complete": complete, **summarize(processes, lost, known_limit(), workers)}
         self.summary.write_text(json.dumps(report, indent=2) + "\n")
         return report
 
 
-def summarize(processes: Sequence[dict[str, Any]], lost: Sequence[int], calibrated: float | None) -> dict[str, Any]:
+def summarize(
+    processes: Sequence[dict[str, Any]],
+    lost: Sequence[int],
+    calibrated: float | None,
+    workers: Sequence[dict[str, Any]] = (),
+) -> dict[str, Any]:
     """The load generator's figures over all its processes, and what they say against the run.
 
     `calibrated` is the rate (chunks/s) up to which one process was found to be accurate on this machine, if it was.
@@ -49,6 +62,7 @@ def summarize(processes: Sequence[dict[str, Any]], lost: Sequence[int], calibrat
         for name, value in worst.items()
         if value is not None and name in limits and value > limits[name]
     ]
+    reasons += [reason for worker in workers for reason in _against(worker)]
     if lost:
         reasons.append(f"lost_workers: {', '.join(map(str, lost))}: what they had not ended has no record")
     return {
@@ -60,8 +74,20 @@ def summarize(processes: Sequence[dict[str, Any]], lost: Sequence[int], calibrat
         "valid": not reasons,
         "reasons": reasons,
         "lost_workers": list(lost),
+        "workers": list(workers),
         "processes": list(processes),
     }
+
+
+def _against(worker: dict[str, Any]) -> Iterator[str]:
+    """What a worker's clock and its connection to the master say against a run."""
+    name = f"worker {worker['worker']} on {worker['host']}"
+    if (uncertainty := worker["clock"]["uncertainty_seconds"]) > CLOCK_SECONDS:
+        yield f"clock_uncertainty_seconds: {uncertainty:.6g}: at most {CLOCK_SECONDS:.6g}: {name}"
+    for cut in worker["cut_off"]:
+        yield f"cut_off_seconds: {cut['seconds']:.1f}: {name}: its requests in that time may show the network"
+    if worker["lost_records"]:
+        yield f"lost_records: {worker['lost_records']}: {name}: they did not reach the master"
 
 
 def _default_path() -> Path:

@@ -5,7 +5,7 @@ A file of records is an Arrow IPC stream, which grows batch by batch and reads b
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -91,9 +91,26 @@ class Record:
 FIELDS = [one.name for one in fields(Record)]
 
 
-def to_bytes(records: Iterable[Record]) -> bytes:
-    """One batch of a stream."""
-    rows = list(records)
+def moved(record: Record, offset_ns: int) -> Record:
+    """The record with all its times on a clock that is `offset_ns` ahead of the one that stamped it."""
+    return replace(
+        record,
+        scheduled_ns=None if record.scheduled_ns is None else record.scheduled_ns + offset_ns,
+        sent_ns=record.sent_ns + offset_ns,
+        end_ns=record.end_ns + offset_ns,
+        chunk_ns=[stamp + offset_ns for stamp in record.chunk_ns],
+    )
+
+
+def number_in(batch: bytes) -> int:
+    """Number of records in one batch of a stream."""
+    rows: int = pa.ipc.read_record_batch(pa.py_buffer(batch), SCHEMA).num_rows
+    return rows
+
+
+def to_bytes(records: Iterable[Record], offset_ns: int = 0) -> bytes:
+    """One batch of a stream, with times by a clock that is `offset_ns` ahead of the one that stamped the records."""
+    rows = [moved(record, offset_ns) for record in records] if offset_ns else list(records)
     columns = [pa.array([getattr(row, name) for row in rows], SCHEMA.field(name).type) for name in SCHEMA.names]
     return bytes(pa.record_batch(columns, SCHEMA).serialize())
 

@@ -71,13 +71,15 @@ class Share:
 class Part:
     """What one process does of a run: its share of each target's requests, none where it is not among the targets.
 
-    All processes of a run have the same `start_ns` (CLOCK_MONOTONIC), from which arrivals are counted, and `run_id`.
+    All processes of a run have the same `run_id` and `start_ns`, from which arrivals are counted: CLOCK_MONOTONIC of
+    the master, which is `clock_offset_ns` ahead of this process's.
     """
 
     start_ns: int
     run_id: str
     shares: dict[str, Share]
     worker: int = 0
+    clock_offset_ns: int = 0
 
 
 def whole(targets: Iterable[str]) -> Part:
@@ -241,7 +243,7 @@ class Run:
                 request = self.next_request(target)
                 if request is None:
                     break
-                due_ns = self._part.start_ns + round(offset * 1e9)
+                due_ns = self._part.start_ns - self._part.clock_offset_ns + round(offset * 1e9)
                 alarm.wait_until(due_ns)
                 self._in_flight.start(self._watched(gevent.Greenlet(self.perform, target, request, due_ns)))
         self._plan(target)
@@ -283,7 +285,7 @@ class Run:
     def _flush(self) -> bool:
         """Pass on the records that wait; False when they cannot be kept."""
         if self._pending:
-            batch, self._pending = to_bytes(self._pending), []
+            batch, self._pending = to_bytes(self._pending, self._part.clock_offset_ns), []
             try:
                 self._keep(batch)
             except OSError as error:

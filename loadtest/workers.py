@@ -2,30 +2,33 @@
 
 Without workers both are the same process. With workers the master gives each a share of the requests; they pass their
 records on, so that the run leaves one file, and the records of a worker that is killed are kept but for the last half
-second.
+second. Times are by the master's clock, wherever a worker runs.
 """
 
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import gevent
+from locust.dispatch import UsersDispatcher
 from locust.env import Environment
-from locust.runners import STATE_MISSING, MasterRunner, WorkerRunner
+from locust.runners import STATE_MISSING, STATE_STOPPING, MasterRunner, WorkerNode, WorkerRunner
 
 from loadtest.keeper import Keeper
+from loadtest.link import LOST_SECONDS, MasterEnd, WorkerEnd, settle_timeouts
 from loadtest.options import Options, check
+from loadtest.records import number_in
 from loadtest.run import Part, Run, Share, Watcher, whole
 from loadtest.users import TargetUser
 
-PART, RECORDS, DONE, FINISH, FINISHED = (
-    f"headroom_{name}" for name in ("part", "records", "done", "finish", "finished")
-)
-BAD_OPTIONS, RECORDS_LOST, WORKERS_LOST = 2, 3, 4
-FINISH_SECONDS = 10.0
+PART, FINISH = "headroom_part", "headroom_finish"
+RECORDS, DONE, FINISHED = "records", "done", "finished"
+BAD_OPTIONS, RECORDS_LOST, WORKERS_LOST, CUT_OFF = 2, 3, 4, 5
+FINISH_SECONDS, ASK_AGAIN_SECONDS = 10.0, 2.0
 WATCH_SECONDS = 0.5
 
 
@@ -55,14 +58,16 @@ class Sender:
 class Coordinator:
     """Keeps the records of all shares, and ends the run when each is done or lost."""
 
-    def __init__(self, environment: Environment):
-        self._environment = environment
+    def __init__(self, environment: Environment, master: MasterRunner | None = None):
+        self._environment, self._master = environment, master
+        self._link = MasterEnd(master, self.hear) if master else None
         self._keeper: Keeper | None = None
         self._ranks: dict[str, int] = {}
         self._failed = False
         self._done: set[str] = set()
         self._summaries: dict[str, dict[str, Any]] = {}
         self._lost: set[str] = set()
+        self._kept: Counter[str] = Counter()
         self._watcher: gevent.Greenlet[..., None] | None = None
 
     @property
@@ -71,14 +76,15 @@ class Coordinator:
         return self._keeper.path if self._keeper else None
 
     def start(self, options: Options, targets: Sequence[str], senders: dict[str, set[str]]) -> dict[str, Part]:
-        """Open the records' file and share the run out; raises OSError.
+        """Open the records' file and share the run out; raises OSError, and TimeoutError for a worker without a clock.
 
         `senders`: the nodes, each with the targets that it can send to.
         """
         self.forget()
+        offsets = self._link.compare_clocks(senders) if self._link else {}
         self._keeper = Keeper(options)
         self._ranks = {node: rank for rank, node in enumerate(senders)}
-        self._done, self._summaries, self._lost = set(), {}, set()
+        self._done, self._summaries, self._lost, self._kept = set(), {}, set(), Counter()
         print(f"loadtest: records go to {self._keeper.path}", flush=True)
         shares: dict[str, dict[str, Share]] = {node: {} for node in senders}
         for target in targets:
@@ -86,7 +92,12 @@ class Coordinator:
             for rank, node in enumerate(able):
                 shares[node][target] = Share(rank, len(able))
         run = whole(targets)
-        return {node: replace(run, shares=shares[node], worker=rank) for node, rank in self._ranks.items()}
+        if self._link:
+            self._link.begin(run.run_id, self._ranks)
+        return {
+            node: replace(run, shares=shares[node], worker=rank, clock_offset_ns=offsets.get(node, 0))
+            for node, rank in self._ranks.items()
+        }
 
     def forget(self) -> None:
         """Have nothing to finish: no run, or one that did not begin."""
@@ -101,6 +112,7 @@ class Coordinator:
                 return
             try:
                 self._keeper.write(data)
+                self._kept[node] += number_in(data) if self._link else 0
             except OSError as error:
                 self.fail(f"its records cannot be kept: {error}")
         elif kind == FINISHED:
@@ -112,9 +124,9 @@ class Coordinator:
             elif self._done | self._lost >= self._ranks.keys():
                 self.end()
 
-    def watch(self, master: MasterRunner) -> None:
+    def watch(self) -> None:
         """Notice workers that were lost while the run goes on."""
-        self._watcher = gevent.spawn(self._watch, master)
+        self._watcher = gevent.spawn(self._watch)
 
     def finish(self, ask: Callable[[str], None]) -> None:
         """Close the files once each sender that is left has passed on its last records; `ask` asks one for them."""
@@ -123,13 +135,20 @@ class Coordinator:
             self._watcher = None
         if not self._keeper:
             return
-        waiting = self._ranks.keys() - self._summaries.keys() - self._lost
-        for node in waiting:
-            ask(node)
-        deadline = time.monotonic() + FINISH_SECONDS
-        while time.monotonic() < deadline and not self._summaries.keys() | self._lost >= self._ranks.keys():
+        asked = started = time.monotonic()
+        while waiting := self._ranks.keys() - self._summaries.keys() - self._gone():
+            if time.monotonic() >= asked:
+                for node in waiting:
+                    ask(node)
+                asked += ASK_AGAIN_SECONDS
+            if time.monotonic() > started + FINISH_SECONDS:
+                break
             gevent.sleep(0.02)
         self._close()
+        if self._link:
+            self._link.end()
+        if self._lost:
+            self.end()  # when the last worker is lost Locust ends the test, but not the program
 
     def fail(self, error: object, code: int = RECORDS_LOST) -> None:
         """End the run because it cannot go on."""
@@ -155,47 +174,85 @@ class Coordinator:
 
     def _close(self) -> None:
         assert self._keeper  # noqa: S101 - `finish` has looked
-        lost = sorted(self._ranks[node] for node in self._ranks.keys() - self._summaries.keys())
+        # One that ended before its part was done told its figures, but its other requests are not sent by anybody.
+        self._lost = (self._ranks.keys() - self._summaries.keys()) | (self._lost - self._done)
+        lost = sorted(self._ranks[node] for node in self._lost)
         if lost:
             names = ", ".join(map(str, lost))
             print(
                 f"loadtest: lost: worker {names}; its unfinished requests have no record", file=sys.stderr, flush=True
             )
             self._environment.process_exit_code = WORKERS_LOST
+        workers = [self._report(node) for node in self._ranks] if self._link else []
+        if any(worker["lost_records"] for worker in workers):
+            self._environment.process_exit_code = RECORDS_LOST
         try:
             complete = self._done >= self._ranks.keys() and not self._failed
-            report = self._keeper.close(list(self._summaries.values()), lost, complete)
+            report = self._keeper.close(list(self._summaries.values()), lost, complete, workers)
             for reason in report["reasons"]:
                 print(f"loadtest: the run is not valid: {reason}", file=sys.stderr, flush=True)
         except OSError as error:
             print(f"loadtest: the records are not whole: {error}", file=sys.stderr, flush=True)
             self._environment.process_exit_code = RECORDS_LOST
 
-    def _watch(self, master: MasterRunner) -> None:
+    def _report(self, node: str) -> dict[str, Any]:
+        """Where a worker ran, how it was connected, and how many of its records are here."""
+        assert self._link  # noqa: S101 - workers have a master
+        ended = self._summaries.get(node, {}).get("requests_ended", {})
+        lost = max(0, sum(ended.values()) - self._kept[node]) if not self._failed else 0
+        own = {"worker": self._ranks[node], "records": self._kept[node], "lost_records": lost}
+        return own | self._link.report(node)
+
+    def _gone(self) -> set[str]:
+        """The workers of the run that are no longer there."""
+        if not self._master:
+            return set()
+        return self._ranks.keys() - {one.id for one in self._master.clients.values() if one.state != STATE_MISSING}
+
+    def _watch(self) -> None:
+        assert self._link  # noqa: S101 - only a master watches
+        assert self._master  # noqa: S101
         while True:
             gevent.sleep(WATCH_SECONDS)
-            there = {node.id for node in master.clients.values() if node.state != STATE_MISSING}
-            self._lost = self._ranks.keys() - there
+            self._link.look()
+            if self._master.state == STATE_STOPPING:
+                continue  # workers leave because they are told to
+            self._lost = self._gone()
             if self._lost and self._done | self._lost >= self._ranks.keys():
                 self.end()
                 return
 
 
+class FixedWorkers(UsersDispatcher):
+    """Leaves each user of a run where it is: a worker that comes while it goes on waits for the next one.
+
+    Locust would move users to it, and so cancel what they have under way.
+    """
+
+    def add_worker(self, worker_node: WorkerNode) -> None:
+        """Not in this run."""
+
+    def remove_worker(self, worker_node: WorkerNode) -> None:
+        """Its users are not replaced: the others have their own shares of the requests."""
+
+
 def install(environment: Environment, watcher: Watcher) -> Coordinator:
     """Connect a run to Locust's life: start, stop, and the messages between master and workers."""
     runner = environment.runner
-    coordinator = Coordinator(environment)
+    coordinator = Coordinator(environment, runner if isinstance(runner, MasterRunner) else None)
     events = environment.events
+    settle_timeouts()
+    environment.dispatcher_class = FixedWorkers
     if isinstance(runner, WorkerRunner):
-        worker = Sender(environment, lambda kind, data: runner.send_message(kind, {"data": data}), watcher)
+        link = WorkerEnd(runner)
+        worker = Sender(environment, link.tell, watcher)
         orders: list[dict[str, Any]] = []
         runner.register_message(PART, lambda msg, **_: orders.append(msg.data))
         runner.register_message(FINISH, lambda **_: runner.stop())
-        events.test_start.add_listener(lambda **_: _start_worker(worker, orders))
+        events.test_start.add_listener(lambda **_: _start_worker(worker, link, orders))
         events.test_stop.add_listener(lambda **_: worker.finish())
+        events.quitting.add_listener(lambda **_: _say_why(environment, link))
     elif isinstance(runner, MasterRunner):
-        for kind in (RECORDS, DONE, FINISHED):
-            runner.register_message(kind, lambda msg, **_: coordinator.hear(msg.node_id, msg.type, msg.data["data"]))
         events.test_start.add_listener(lambda **_: _share_out(environment, runner, coordinator))
         events.test_stop.add_listener(
             lambda **_: coordinator.finish(lambda node: runner.send_message(FINISH, {}, node))
@@ -244,10 +301,17 @@ def _targets(environment: Environment) -> list[str]:
     return [kind.target for kind in environment.user_classes if issubclass(kind, TargetUser)]
 
 
-def _start_worker(worker: Sender, orders: list[dict[str, Any]]) -> None:
+def _say_why(environment: Environment, link: WorkerEnd) -> None:
+    if link.is_cut_off:
+        print(f"loadtest: the worker ends: no word from the master for {LOST_SECONDS} s", file=sys.stderr, flush=True)
+        environment.process_exit_code = CUT_OFF
+
+
+def _start_worker(worker: Sender, link: WorkerEnd, orders: list[dict[str, Any]]) -> None:
     if orders:  # else it came when the run was shared out already
         order = orders.pop()
         orders.clear()
+        link.begin(order["run_id"])
         shares = {target: Share(**share) for target, share in order["shares"].items()}
         try:
             worker.start(Part(**order | {"shares": shares}))
@@ -267,9 +331,13 @@ def _share_out(environment: Environment, master: MasterRunner, coordinator: Coor
     try:
         options, targets = _options(environment), _targets(environment)
         parts = coordinator.start(options, targets, _senders(environment, master, options, targets))
+    except TimeoutError as error:
+        coordinator.forget()
+        coordinator.fail(error, WORKERS_LOST)
+        return
     except (OSError, ValueError) as error:
         coordinator.refuse(error)
         return
     for node, part in parts.items():
         master.send_message(PART, asdict(part), node)
-    coordinator.watch(master)
+    coordinator.watch()

@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 PROCESSES_HZ, SLOW_HZ, DEAR_HZ = 100, 10, 1
 # Of all that sampling may take, what the dear calls of all GPUs may.
-DEAR_SHARE = 0.4
+DEAR_SHARE = 0.1
 # Lines about one call, so that one that flaps does not fill the log.
 MAX_LINES = 20
 # A call that is not supported is tried again after so long; a device is lost when its main call fails for so long.

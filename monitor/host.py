@@ -44,7 +44,7 @@ def make_host(timeline: Timeline, processes: Processes, rates: Rates) -> Host:
     samplers = [
         Sampler("host", main.steps()),
         Sampler("host-details", Schedule(DETAILS_HZ, read_details).steps()),
-        # The dearest reading: a quarter of what all sampling may take.
-        Sampler("host-shared", processes.read_shared(rates.max_cpu / 4)),
+        # The dearest reading: an eighth of what all sampling may take.
+        Sampler("host-shared", processes.read_shared(rates.max_cpu / 8)),
     ]
     return Host(Source("host", main, samplers), samplers, processes)

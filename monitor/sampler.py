@@ -13,11 +13,13 @@ log = logging.getLogger(__name__)
 SECOND = 1_000_000_000
 # A source is up while its last good tick is no older than this.
 STALE_NS = 5 * SECOND
-# Reviews, one a second, in a row that must leave room before a slowed source goes faster again, and how much room.
-CALM_REVIEWS = 30
+# How long the CPU of sampling is added up before it is judged: a look at new processes is soon over.
+REVIEW_NS = 5 * SECOND
+# Reviews in a row that must leave room before a slowed source goes faster again, and how much room.
+CALM_REVIEWS = 6
 ROOM = 0.8
 # Reviews in a row in which all else takes too much, until that is said.
-LONG_REVIEWS = 10
+LONG_REVIEWS = 3
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ def within(
     before = cpu_clock()
     for seconds in steps:
         after = cpu_clock()
-        yield max(seconds, min((after - before) * (1 / max_cpu - 1), STALE_NS / SECOND / 2))
+        yield max(seconds, min((after - before) * (1 / max_cpu - 1), STALE_NS / SECOND * 0.8))
         before = after
 
 
@@ -130,19 +132,21 @@ class Governor:
         return -(-hz * self.divider // self._hz)
 
     def review(self, time_ns: int, total: float, fast: float) -> None:
-        """Once a second: see the CPU seconds so far, of all sampling and of the fast schedules."""
-        before, self._before = self._before, (time_ns, total, fast)
-        if before and time_ns > before[0]:
+        """See the CPU seconds so far, of all sampling and of the fast schedules, and judge them after REVIEW_NS."""
+        before = self._before
+        if before and time_ns < before[0] + REVIEW_NS:
+            return
+        self._before = time_ns, total, fast
+        if before:
             seconds = (time_ns - before[0]) / SECOND
             self.decide((total - before[1]) / seconds, (fast - before[2]) / seconds)
 
     def decide(self, total: float, fast: float) -> None:
-        """Halve the rates after a second of too much CPU (shares of a core); double them after many with room."""
+        """Halve the rates after too much CPU (shares of a core); double them after many reviews with room."""
         self._over = self._over + 1 if total > self._max_cpu else 0
         if self._over:
             self._calm = 0
             if fast <= self._max_cpu / 2:
-                # To look at a new process for the first time takes more than later.
                 if self._over == LONG_REVIEWS:
                     self._say("reading processes and the dear values of GPUs takes more than half of --max-cpu")
             elif self.divider * 2 <= self._hz:

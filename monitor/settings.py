@@ -24,7 +24,7 @@ class Settings(BaseSettings):
         description="samples of the memory of each GPU a second; of its processes up to 100 while that changes and "
         "else 10, of utilization, power, clocks, throttling and temperature up to 10, of the servers' processes on "
         "the host up to 10; energy, PCIe, NVLink and ECC are read once a second, or seldomer where those of all "
-        "GPUs take more than two fifths of --max-cpu",
+        "GPUs take more than a tenth of --max-cpu",
     )
     minutes: int = Field(30, ge=1, le=1440, description="how long samples are kept, in memory that is taken at once")
     max_cpu: float = Field(
@@ -32,7 +32,7 @@ class Settings(BaseSettings):
         gt=0,
         le=1,
         description="share of a core for all sampling, of GPUs and of the host; rather than take more, GPUs are "
-        "sampled less often, but keep half of it when the rest needs more; shared memory (PSS) gets a quarter over "
+        "sampled less often, but keep half of it when the rest needs more; shared memory (PSS) gets an eighth over "
         "time; answering /timeline and /metrics is not part of it",
     )
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -76,7 +77,7 @@ def plain_environment(load: Load) -> dict[str, str]:
         "RATE": str(load.rate),
         "TOKENS": str(load.tokens),
         "OUT": out,
-        "PYTHONPATH": str(Path.cwd()),
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(Path.cwd()), os.environ.get("PYTHONPATH")))),
     }
 
 

@@ -54,6 +54,27 @@ def test_a_lost_worker_makes_a_run_invalid_also_when_none_is_left() -> None:
     assert summarize([], [0], None)["valid"] is False
 
 
+def worker(uncertainty: float = 0.0, cut_off: float = 0.0, lost_records: int = 0) -> dict[str, Any]:
+    cuts = [{"since_ns": 5, "seconds": cut_off}] if cut_off else []
+    return {
+        "worker": 1, "host": "h", "records": 9, "lost_records": lost_records,
+        "clock": {"uncertainty_seconds": uncertainty}, "cut_off": cuts,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("found", "reason"),
+    [
+        (worker(uncertainty=0.0101), "clock_uncertainty_seconds: 0.0101: at most 0.01: worker 1 on h"),
+        (worker(cut_off=4.25), "cut_off_seconds: 4.2: worker 1 on h: its requests in that time may show the network"),
+        (worker(lost_records=2), "lost_records: 2: worker 1 on h: they did not reach the master"),
+    ],
+)
+def test_a_worker_whose_clock_or_connection_is_in_doubt_makes_a_run_invalid(found: dict[str, Any], reason: str) -> None:
+    assert summarize([process()], [], None, [found])["reasons"] == [reason]
+    assert summarize([process()], [], None, [worker(uncertainty=0.0099)])["valid"] is True
+
+
 def test_without_a_calibration_no_rate_is_too_high() -> None:
     assert summarize([process(chunks_per_second_max=10**9)], [], None)["valid"] is True
 

@@ -9,7 +9,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loadtest.records import SCHEMA, ErrorKind, Record, RecordFile, StampSource, TokenSource, count, read, to_bytes
+from loadtest.records import (
+    SCHEMA,
+    ErrorKind,
+    Record,
+    RecordFile,
+    StampSource,
+    TokenSource,
+    count,
+    number_in,
+    read,
+    to_bytes,
+)
 
 SECOND = 10**9
 NUMBERS = st.integers(0, 2**63 - 1)
@@ -79,6 +90,16 @@ def test_what_was_written_is_read_back(folder: Path, batches: list[list[Record]]
     assert list(read(path)) == [one for batch in batches for one in batch]
     assert count(path) == sum(map(len, batches))
     path.unlink()
+
+
+def test_another_clock_moves_all_times_of_a_record_and_nothing_else(tmp_path: Path) -> None:
+    closed, open_loop = record(), record(scheduled_ns=SECOND)
+    file = RecordFile(tmp_path / "records.arrow")
+    file.write(batch := to_bytes([closed, open_loop], -SECOND))
+    file.close()
+    times = {"sent_ns": 0, "end_ns": 3 * SECOND, "chunk_ns": [250_000_000, 500_000_000, 2_250_000_000]}
+    assert list(read(tmp_path / "records.arrow")) == [record(**times), record(**times, scheduled_ns=0)]
+    assert number_in(batch) == 2
 
 
 def test_a_batch_is_on_disk_before_the_next_one_is_written(tmp_path: Path) -> None:

@@ -6,15 +6,17 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing, suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 
@@ -45,27 +47,30 @@ class Fleet:
     def __init__(self, folder: Path, url: str, workers: int, options: str, stack: ExitStack):
         self.folder = folder
         port = free_port()
-        # A lost worker is noticed after this many seconds without a sign of life.
-        environment = {"LOCUST_HEARTBEAT_LIVENESS": "2"}
+        self.port, self._stack = port, stack
         shown = "" if "--autostart" in options else "--headless"
         fixed = f"{shown} --only-summary --model m --records records.arrow --hf-url {url} --vllm-url {url}"
         self.master = self._start(
-            f"{fixed} {options} --master --master-bind-port {port} --expect-workers {workers}", environment, stack
+            f"{fixed} {options} --master --master-bind-port {port} --expect-workers {workers or 1}"
         )
-        self.workers = [self._start(f"--worker --master-port {port}", {}, stack) for _ in range(workers)]
+        self.workers = [self.worker(port) for _ in range(workers)]
 
-    def _start(self, arguments: str, more: dict[str, str], stack: ExitStack) -> "subprocess.Popen[str]":
+    def worker(self, port: int) -> "subprocess.Popen[str]":
+        """One more worker of the master at a port."""
+        return self._start(f"--worker --master-port {port}")
+
+    def _start(self, arguments: str) -> "subprocess.Popen[str]":
         ours = {key: value for key, value in os.environ.items() if not key.startswith(("HEADROOM_", "LOCUST_"))}
         process = subprocess.Popen(
             [sys.executable, "-m", "locust", "-f", str(ROOT / "loadtest" / "locustfile.py"), *arguments.split()],
             cwd=self.folder,
-            env={**ours, **more, "PYTHONPATH": str(ROOT)},
+            env={**ours, "PYTHONPATH": str(ROOT)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
-        stack.callback(process.communicate)
-        stack.callback(process.kill)
+        self._stack.callback(process.communicate)
+        self._stack.callback(process.kill)
         return process
 
     def ended(self) -> tuple[int, str]:
@@ -176,6 +181,115 @@ def test_a_killed_worker_is_named_its_records_are_kept_and_the_exit_code_is_4(de
     # But for the last second, in which it also had requests in flight.
     due = sum(record.end_ns < killed_ns - 10**9 for record in records if record.worker == 1 - lost)
     assert by_worker[lost] >= due - 2
+
+
+def test_workers_whose_run_is_stopped_in_the_web_ui_are_not_lost_and_serve_the_next(deploy: Deploy) -> None:
+    port = free_port()
+    fleet = deploy(2, f"--autostart --web-port {port} --users 4 --spawn-rate 9 --output-mean 20 HF")
+    fleet.wait_for_records(10)
+    web = f"http://127.0.0.1:{port}"
+    httpx.post(f"{web}/stop", timeout=60).raise_for_status()
+    first = fleet.client()
+    assert (first["complete"], first["lost_workers"]) == (False, [])
+    assert [worker["lost_records"] for worker in first["workers"]] == [0, 0]
+    deadline = time.monotonic() + 20
+    while httpx.get(f"{web}/stats/requests").json()["state"] != "stopped":
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    form = {"user_count": 2, "spawn_rate": 9, "user_classes": "HF", "requests": 20, "records": "next.arrow"}
+    assert httpx.post(f"{web}/swarm", data=form, timeout=60).json()["success"]
+    while not (fleet.folder / "next.json").exists():
+        assert time.monotonic() < deadline + 20
+        time.sleep(0.1)
+    assert sorted(record.index for record in read(fleet.folder / "next.arrow")) == list(range(20))
+    assert json.loads((fleet.folder / "next.json").read_text())["complete"] is True
+
+
+def test_a_worker_that_is_stopped_before_its_part_is_done_is_lost_too(deploy: Deploy) -> None:
+    fleet = deploy(2, "--arrival constant --rate 20 --duration 6 --output-mean 5 HF")
+    fleet.wait_for_records(40)
+    fleet.workers[0].terminate()
+    code, output = fleet.ended()
+    assert code == 4, output
+    client = fleet.client()
+    assert len(client["lost_workers"]) == 1
+    assert client["complete"] is False
+    # It has told what it had done, and cancelled the rest.
+    assert sum(client["requests_ended"].values()) == len(fleet.records())
+
+
+def test_a_worker_that_comes_late_waits_for_the_next_run_and_disturbs_none(deploy: Deploy) -> None:
+    fleet = deploy(1, "--users 3 --spawn-rate 9 --requests 300 --output-mean 8 HF")
+    fleet.wait_for_records(10)
+    late = fleet.worker(fleet.port)
+    code, output = fleet.ended()
+    assert code == 0, output
+    assert "2 workers connected" in output
+    records = fleet.records()
+    assert Counter(record.error for record in records) == {None: 300}
+    assert {record.worker for record in records} == {0}
+    assert late.wait(20) == 0
+
+
+class Relay:
+    """Passes a worker's connections on to the master, until `swallow`: then what the worker says goes nowhere."""
+
+    def __init__(self, port: int):
+        self.to, self.swallowed = port, 0
+        self._swallows = threading.Event()
+        self._pairs: list[tuple[socket.socket, socket.socket]] = []
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port: int = self._listener.getsockname()[1]
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def swallow(self, seconds: float) -> None:
+        """Take what the worker says for a while, then break its connection."""
+        self._swallows.set()
+        time.sleep(seconds)
+        for one in self._pairs.pop():
+            one.shutdown(socket.SHUT_RDWR)
+        self._swallows.clear()
+
+    def close(self) -> None:
+        self._listener.close()
+        for one in sum(self._pairs, ()):
+            one.close()
+
+    def _accept(self) -> None:
+        with suppress(OSError):
+            while True:
+                worker, _ = self._listener.accept()
+                try:
+                    master = socket.create_connection(("127.0.0.1", self.to))
+                except ConnectionRefusedError:  # it is not there yet
+                    worker.close()
+                    continue
+                self._pairs.append((worker, master))
+                for source, target in ((worker, master), (master, worker)):
+                    threading.Thread(target=self._carry, args=(source, target), daemon=True).start()
+
+    def _carry(self, source: socket.socket, target: socket.socket) -> None:
+        to_master = target.getpeername()[1] == self.to
+        with suppress(OSError):
+            while data := source.recv(65536):
+                if to_master and self._swallows.is_set():
+                    self.swallowed += len(data)
+                else:
+                    target.sendall(data)
+
+
+def test_what_was_sent_into_a_connection_that_broke_is_sent_again(deploy: Deploy) -> None:
+    fleet = deploy(0, "--arrival constant --rate 40 --duration 6 --output-mean 5 HF")
+    with closing(Relay(fleet.port)) as relay:
+        fleet.worker(relay.port)
+        fleet.wait_for_records(40)
+        relay.swallow(1.5)
+        code, output = fleet.ended()
+    assert code == 0, output
+    assert relay.swallowed > 1000
+    assert sorted(record.index for record in fleet.records()) == list(range(240))
+    (worker,) = fleet.client()["workers"]
+    assert (worker["records"], worker["lost_records"], worker["host"]) == (240, 0, socket.gethostname())
 
 
 def test_a_run_that_is_stopped_keeps_the_last_records_of_its_workers(deploy: Deploy) -> None:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from monitor.sampler import (
     CALM_REVIEWS,
     LONG_REVIEWS,
+    REVIEW_NS,
     SECOND,
     STALE_NS,
     Clocks,
@@ -145,12 +146,12 @@ def test_a_source_that_needs_too_much_cpu_takes_fewer_samples_and_says_so_once(
 
 
 def test_it_goes_faster_again_when_there_has_been_room_for_long() -> None:
-    dear_until = 5
+    dear_until, calm = 12, CALM_REVIEWS * REVIEW_NS // SECOND
     machine: Machine
     machine = Machine(1000, lambda _: 50_000 if machine.time_ns < 10**12 + dear_until * SECOND else 1000, max_cpu=0.02)
-    machine.run(5 + CALM_REVIEWS)
+    machine.run(10 + calm)
     assert machine.schedule.hz == pytest.approx(250, rel=0.01)
-    machine.run(2 * CALM_REVIEWS + 10)
+    machine.run(2 * calm + 20)
     assert machine.schedule.hz == pytest.approx(1000, rel=0.01)
 
 
