@@ -4,6 +4,7 @@ DEVICE ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
 BIN := .venv/bin
 READY := .venv/ready-$(DEVICE)
 ARGS ?=
+DOCKER_RUNS := docker info >/dev/null 2>&1 && docker compose version >/dev/null 2>&1
 
 $(if $(filter cpu gpu,$(DEVICE)),,$(error DEVICE=$(DEVICE): expected cpu or gpu))
 
@@ -26,11 +27,19 @@ worker: .venv/ready-worker  ## send requests for a load test whose master is on 
 test: check  ## everything that must pass: lint, types, unit tests, tests with the real servers
 	$(BIN)/pytest tests/unit -n 2 --dist loadfile --no-loadscope-reorder
 	$(BIN)/pytest tests/integration
+	@if $(DOCKER_RUNS); then $(MAKE) test-system; else \
+		echo "Not run: tests/system, which needs Docker with Compose v2; where that is: make test-system"; fi
+
+.PHONY: test-system
+test-system: .venv/ready-dev  ## the containers: built, brought up, loaded, killed
+	@$(DOCKER_RUNS) || { docker info; docker compose version; echo "make test-system needs both to answer" >&2; exit 1; }
+	$(BIN)/pytest tests/system
 
 check: .venv/ready-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/hadolint $(wildcard */Dockerfile */*/Dockerfile)
 
 install: $(READY)
 

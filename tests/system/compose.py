@@ -38,7 +38,7 @@ PORTS = {
 class Compose:
     """A project of `docker compose` in a folder of its own.
 
-    Images of others that are not on this machine are not asked for: `left_out` names their services.
+    Services whose image is neither on this machine nor given by a registry are left out: `left_out` names them.
     """
 
     def __init__(self, folder: Path):
@@ -68,6 +68,10 @@ class Compose:
     def run(self, *arguments: str, seconds: float = 120) -> str:
         """Run `docker compose` with these arguments; answers what it printed, and fails with it."""
         return run("docker", "compose", *arguments, folder=self.folder, seconds=seconds)
+
+    def headroom(self, *arguments: str, seconds: float = 120) -> str:
+        """Run the headroom command in a container of its own; answers what it printed, and fails with it."""
+        return self.run("run", "--rm", "headroom", *arguments, seconds=seconds)
 
     def url(self, service: str) -> str:
         return f"http://127.0.0.1:{self.ports[service]}"
@@ -146,7 +150,9 @@ def _fake_gpu(folder: Path, monitor: JSON) -> Script:
 
 
 def _at_hand(image: str) -> bool:
-    return bool(run("docker", "image", "ls", "--quiet", image).strip())
+    pull = ["docker", "pull", "--quiet", image]
+    found = run("docker", "image", "ls", "--quiet", image).strip()
+    return bool(found) or not subprocess.run(pull, capture_output=True, check=False, timeout=600).returncode
 
 
 def _copy_tree(folder: Path) -> None:

@@ -5,6 +5,7 @@ In this order: what a test kills or scales the next one has back.
 
 import json
 import re
+import time
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 from playwright.sync_api import Page, expect
 
 from experiment.run.stack import get
-from loadtest.records import read
+from loadtest.records import Record, read
 from tests.system.compose import ROOT, Compose, service_of, until
 
 START_SECONDS, RECOVERY_SECONDS = 300, 120
@@ -34,7 +35,9 @@ def start(stack: Compose, **options: Any) -> None:
     """Start a run as the form of the web UI does; a worker that lost its master takes a minute to look for it anew."""
     stats = f"{stack.url('locust')}/stats/requests"
     until(lambda: httpx.get(stats, timeout=10).json()["workers"], 100, lambda: "no worker")
-    form = {"user_count": 8, "spawn_rate": 8, **options}
+    # The form keeps what it was given last.
+    usual = {"requests": 0, "endpoint": "completions", "tokenizer": ""}
+    form = {"user_count": 8, "spawn_rate": 8, **usual, **options}
     answer = httpx.post(f"{stack.url('locust')}/swarm", data=form, timeout=20).json()
     assert answer["success"], answer
 
@@ -51,15 +54,43 @@ def numbers(stack: Compose) -> dict[str, Any]:
 
 
 def latest_run(stack: Compose) -> Path:
-    return max((stack.folder / "results").glob("*-locust"))
+    """Folder of the latest run that has records; if there is none, a path that is not there."""
+    return max((stack.folder / "results").glob("*-locust/records.arrow"), default=stack.folder / "none" / "yet").parent
+
+
+def records_of(stack: Compose) -> list[Record]:
+    """Those of the latest run that are on the disk of the host."""
+    return list(read(latest_run(stack) / "records.arrow"))
+
+
+def keys(stack: Compose) -> set[tuple[str, int]]:
+    """Target and place of each request of the latest run that has a record: no two of the same."""
+    found = [(record.target, record.index) for record in records_of(stack)]
+    assert len(set(found)) == len(found)
+    return set(found)
+
+
+def kill_and_wait(stack: Compose, service: str) -> None:
+    """Kill a container of the service and wait until it is back and all are healthy."""
+    workers = len(stack.health()["locust-worker"])
+    victim = next(each for each in stack.containers() if service_of(each) == service)
+    stack.kill(victim)
+
+    def is_back() -> bool:
+        restarts = {each["Id"]: each["RestartCount"] for each in stack.containers()}
+        return restarts.get(victim["Id"], 0) > victim["RestartCount"] and stack.is_healthy(workers)
+
+    until(is_back, RECOVERY_SECONDS, lambda: (stack.health(), stack.run("logs", "--tail", "20", service)))
 
 
 @pytest.fixture
 def run_that_goes_on(stack: Compose) -> None:
     if numbers(stack)["running"]:
         return
+    before = latest_run(stack)
     start(stack, arrival="poisson", rate=2, output_mean=20)
-    until(lambda: set(numbers(stack)["run"]) == {"hf", "vllm"}, 60, lambda: numbers(stack))
+    until(lambda: latest_run(stack) != before, 20, lambda: before)
+    until(lambda: {target for target, _ in keys(stack)} == {"hf", "vllm"}, 60, lambda: numbers(stack))
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +205,7 @@ def test_four_workers_send_every_request_exactly_once(stack: Compose) -> None:
     folder = latest_run(stack)
     assert folder != before
     until((folder / "client.json").exists, 30, lambda: stack.run("logs", "--tail", "20", "locust"))
-    records = list(read(folder / "records.arrow"))
+    records = records_of(stack)
     sent = Counter((record.target, record.index) for record in records)
     assert sent == Counter((target, index) for target in ("hf", "vllm") for index in range(count))
     assert {record.error for record in records} == {None}
@@ -187,20 +218,71 @@ def test_four_workers_send_every_request_exactly_once(stack: Compose) -> None:
     until(lambda: stack.query(f"{process} == {workers}"), 30, lambda: stack.query("headroom_loadtest_client_cpu_ratio"))
 
 
-@pytest.mark.parametrize("service", ["hf", "vllm", "monitor", "locust", "locust-worker", "prometheus", "grafana"])
+def test_chats_have_the_tokenizer_of_the_servers_model(stack: Compose) -> None:
+    stop(stack)
+    model = stack.run("exec", "hf", "sh", "-c", "dirname /cache/headroom/*/tokenizer.json").strip()
+    before = latest_run(stack)
+    start(stack, endpoint="chat", tokenizer=model, arrival="poisson", rate=6, requests=10, output_mean=10)
+    until(lambda: not numbers(stack)["running"], 60, lambda: numbers(stack))
+    assert latest_run(stack) != before
+    records = records_of(stack)
+    assert Counter(record.target for record in records) == {"hf": 10, "vllm": 10}
+    assert {record.error for record in records} == {None}
+    # The template of a chat takes the same few tokens on top of each prompt's own.
+    counts = {target: [each.prompt_tokens for each in records if each.target == target] for target in ("hf", "vllm")}
+    assert sorted(map(int, filter(None, counts["hf"]))) == sorted(map(int, filter(None, counts["vllm"])))
+
+
 @pytest.mark.usefixtures("run_that_goes_on")
-def test_a_service_that_is_killed_under_load_comes_back(stack: Compose, service: str) -> None:
+@pytest.mark.parametrize("service", ["monitor", "prometheus", "grafana"])
+def test_what_watches_comes_back_when_it_is_killed(stack: Compose, service: str) -> None:
     if service in stack.left_out:
         pytest.skip(f"the image of {service} is not on this machine")
-    workers = len(stack.health()["locust-worker"])
-    victim = next(each for each in stack.containers() if service_of(each) == service)
-    stack.kill(victim)
+    kill_and_wait(stack, service)
 
-    def is_back() -> bool:
-        restarts = {each["Id"]: each["RestartCount"] for each in stack.containers()}
-        return restarts.get(victim["Id"], 0) > victim["RestartCount"] and stack.is_healthy(workers)
 
-    until(is_back, RECOVERY_SECONDS, lambda: (stack.health(), stack.run("logs", "--tail", "20", service)))
+@pytest.mark.usefixtures("run_that_goes_on")
+@pytest.mark.parametrize("service", ["hf", "vllm"])
+def test_a_server_that_is_killed_under_load_comes_back_and_its_failures_are_records(
+    stack: Compose, service: str
+) -> None:
+    since = time.monotonic_ns()
+    kill_and_wait(stack, service)
+
+    def targets(failed: bool, sent_after: int) -> set[str]:
+        return {each.target for each in records_of(stack) if each.sent_ns > sent_after and bool(each.error) == failed}
+
+    assert targets(failed=True, sent_after=since) == {service}
+    back = time.monotonic_ns()
+    until(lambda: targets(failed=False, sent_after=back) == {"hf", "vllm"}, 60, lambda: numbers(stack))
+
+
+@pytest.mark.usefixtures("run_that_goes_on")
+def test_a_killed_worker_is_named_and_what_it_had_ended_is_kept(stack: Compose) -> None:
+    ended = keys(stack)
+    kill_and_wait(stack, "locust-worker")
+    stop(stack)
+    summary = latest_run(stack) / "client.json"
+    until(summary.exists, 30, lambda: stack.run("logs", "--tail", "20", "locust"))
+    said = json.loads(summary.read_text())
+    assert len(said["lost_workers"]) == 1
+    assert not said["valid"]
+    assert not said["complete"]
+    assert any("lost_workers" in reason for reason in said["reasons"])
+    assert keys(stack) >= ended
+
+
+@pytest.mark.usefixtures("run_that_goes_on")
+def test_a_killed_master_loses_no_record_that_it_had_and_its_workers_find_it_again(stack: Compose) -> None:
+    run, ended = latest_run(stack), keys(stack)
+    kill_and_wait(stack, "locust")
+    assert latest_run(stack) == run
+    assert keys(stack) >= ended
+    assert not (run / "client.json").exists()  # so it is a run that did not end
+    start(stack, arrival="poisson", rate=2, requests=10, output_mean=10)
+    until(lambda: not numbers(stack)["running"], 60, lambda: numbers(stack))
+    assert latest_run(stack) != run
+    assert len(keys(stack)) == 20
 
 
 def test_all_of_it_goes_when_it_is_taken_down(stack: Compose) -> None:

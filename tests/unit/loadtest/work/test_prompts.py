@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer
 
 from loadtest.options import Options
 from loadtest.work.prompts import TOKEN_IDS, Tokenizer, count, exact_text, load_tokenizer, shared, unique, words
@@ -154,6 +156,24 @@ def test_words_are_one_token_wherever_they_stand(folder: str) -> None:
     pool = words(folder)
     assert len(set(pool)) == len(pool) > 300
     assert all(count(tokenizer, f"{one} {other} {one}") == 3 for one, other in pairwise(pool))
+
+
+def test_a_tokenizer_says_what_that_of_transformers_says(tmp_path: Path) -> None:
+    """Also where texts begin with a token of their own, and after a tokenizer was saved with a limit."""
+    made = models.tokenizer(2048)
+    end = made.eos_token_id
+    made.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{made.eos_token} $A", special_tokens=[(made.eos_token, end)]
+    )
+    made.backend_tokenizer.enable_truncation(4)
+    made.save_pretrained(tmp_path)
+    text = "Is it raining? " * 9 + str(made.eos_token)
+    ours, theirs = load_tokenizer(str(tmp_path)), AutoTokenizer.from_pretrained(tmp_path)
+    ids = ours.encode(text)
+    assert ids == theirs.encode(text)
+    assert ids[0] == end != ours.encode(text, add_special_tokens=False)[0]
+    assert ours.decode(ids) == theirs.decode(ids)
+    assert len(ours) == len(theirs)
 
 
 def test_a_tokenizer_without_words_is_refused(tmp_path: Path) -> None:
