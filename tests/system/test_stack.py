@@ -5,7 +5,6 @@ In this order: what a test kills or scales the next one has back.
 
 import json
 import re
-import time
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -233,56 +232,12 @@ def test_chats_have_the_tokenizer_of_the_servers_model(stack: Compose) -> None:
     assert sorted(map(int, filter(None, counts["hf"]))) == sorted(map(int, filter(None, counts["vllm"])))
 
 
+@pytest.mark.parametrize("service", ["hf", "vllm", "monitor", "locust", "locust-worker", "prometheus", "grafana"])
 @pytest.mark.usefixtures("run_that_goes_on")
-@pytest.mark.parametrize("service", ["monitor", "prometheus", "grafana"])
-def test_what_watches_comes_back_when_it_is_killed(stack: Compose, service: str) -> None:
+def test_a_service_that_is_killed_under_load_comes_back(stack: Compose, service: str) -> None:
     if service in stack.left_out:
         pytest.skip(f"the image of {service} is not on this machine")
     kill_and_wait(stack, service)
-
-
-@pytest.mark.usefixtures("run_that_goes_on")
-@pytest.mark.parametrize("service", ["hf", "vllm"])
-def test_a_server_that_is_killed_under_load_comes_back_and_its_failures_are_records(
-    stack: Compose, service: str
-) -> None:
-    since = time.monotonic_ns()
-    kill_and_wait(stack, service)
-
-    def targets(failed: bool, sent_after: int) -> set[str]:
-        return {each.target for each in records_of(stack) if each.sent_ns > sent_after and bool(each.error) == failed}
-
-    assert targets(failed=True, sent_after=since) == {service}
-    back = time.monotonic_ns()
-    until(lambda: targets(failed=False, sent_after=back) == {"hf", "vllm"}, 60, lambda: numbers(stack))
-
-
-@pytest.mark.usefixtures("run_that_goes_on")
-def test_a_killed_worker_is_named_and_what_it_had_ended_is_kept(stack: Compose) -> None:
-    ended = keys(stack)
-    kill_and_wait(stack, "locust-worker")
-    stop(stack)
-    summary = latest_run(stack) / "client.json"
-    until(summary.exists, 30, lambda: stack.run("logs", "--tail", "20", "locust"))
-    said = json.loads(summary.read_text())
-    assert len(said["lost_workers"]) == 1
-    assert not said["valid"]
-    assert not said["complete"]
-    assert any("lost_workers" in reason for reason in said["reasons"])
-    assert keys(stack) >= ended
-
-
-@pytest.mark.usefixtures("run_that_goes_on")
-def test_a_killed_master_loses_no_record_that_it_had_and_its_workers_find_it_again(stack: Compose) -> None:
-    run, ended = latest_run(stack), keys(stack)
-    kill_and_wait(stack, "locust")
-    assert latest_run(stack) == run
-    assert keys(stack) >= ended
-    assert not (run / "client.json").exists()  # so it is a run that did not end
-    start(stack, arrival="poisson", rate=2, requests=10, output_mean=10)
-    until(lambda: not numbers(stack)["running"], 60, lambda: numbers(stack))
-    assert latest_run(stack) != run
-    assert len(keys(stack)) == 20
 
 
 def test_all_of_it_goes_when_it_is_taken_down(stack: Compose) -> None:
