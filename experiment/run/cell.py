@@ -1,6 +1,7 @@
 """Runs cells: starts a load generator for each, watches it and the servers, and keeps what it leaves."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -77,8 +78,13 @@ def _begin(bench: Bench, cell: Cell, folder: Path, between: Mapping[str, object]
     state |= {**between, "start_ns": time.monotonic_ns(), "end_ns": None, "complete": False, "stopped_early": False}
     write_json(folder / "cell.json", state)
     target = next(target for target in bench.plan.targets if target.name == cell.target)
-    process = spawn(_command(bench, cell, target, folder), folder / "locust.log", {})
+    process = spawn(_command(bench, cell, target, folder), folder / "locust.log", settings_unset())
     return Work(cell, folder, Program("the load generator", process, folder / "locust.log", ""), state)
+
+
+def settings_unset() -> dict[str, None]:
+    """The variables that a load generator would take settings from, unset: all that it does is in the plan."""
+    return dict.fromkeys(name for name in os.environ if name.startswith(("HEADROOM_LOADTEST_", "LOCUST_")))
 
 
 def workload_options(plan: Plan, stack: Stack) -> dict[str, object]:

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from http.client import HTTPException
@@ -252,15 +252,19 @@ def joined(*arguments: str) -> list[str]:
     return own + (["--", *passed_on] if passed_on else [])
 
 
-def spawn(command: list[str], log: Path, environment: dict[str, str]) -> subprocess.Popen[bytes]:
-    """Start a process in a session of its own, so that Ctrl-C reaches it through us; it ends when we are killed."""
+def spawn(command: list[str], log: Path, environment: Mapping[str, str | None]) -> subprocess.Popen[bytes]:
+    """Start a process in a session of its own, so that Ctrl-C reaches it through us; it ends when we are killed.
+
+    Its environment is ours with these changes; None unsets a variable.
+    """
+    variables = {**os.environ, "PYTHONUNBUFFERED": "1", **environment}
     with log.open("ab") as output:
         return subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env={**os.environ, "PYTHONUNBUFFERED": "1", **environment},
+            env={name: value for name, value in variables.items() if value is not None},
             start_new_session=True,
             preexec_fn=_die_with_parent if sys.platform == "linux" else None,
         )

@@ -1,6 +1,7 @@
 """What the load generator is told, when a cell is lost, and files that are whole or not there."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from experiment.analysis import requests
 from experiment.plan.plan import Target
 from experiment.run import cell as run
+from experiment.run import stack
 from tests.unit.experiment.folders import SECOND, make_plan, make_record
 
 OPEN = make_plan(levels=[2], arrival="poisson", requests=100, limits={"ttft_seconds": 1}, attainment=0.9)
@@ -32,6 +34,18 @@ def test_a_cell_is_lost_once_the_rest_cannot_make_up_for_what_missed(missed: int
 
 def test_options_become_flags_that_values_cannot_break_out_of() -> None:
     assert run.flags({"model": "--help", "users": 3}) == ["--model=--help", "--users=3"]
+
+
+def test_the_load_generator_of_a_cell_takes_no_settings_from_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("HEADROOM_LOADTEST_ENDPOINT", "LOCUST_RUN_TIME", "HEADROOM_HF_API_KEY"):
+        monkeypatch.setenv(name, "set")
+    command = [sys.executable, "-c", "import os; print(*os.environ)"]
+    assert stack.spawn(command, tmp_path / "log", run.settings_unset()).wait() == 0
+    seen = (tmp_path / "log").read_text().split()
+    assert not [name for name in seen if name.startswith(("HEADROOM_LOADTEST_", "LOCUST_"))]
+    assert {"HEADROOM_HF_API_KEY", "PYTHONUNBUFFERED"} <= set(seen)
 
 
 def test_json_is_written_whole_and_leaves_no_draft(tmp_path: Path) -> None:
