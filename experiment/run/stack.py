@@ -23,6 +23,8 @@ from experiment.plan.plan import Plan, Target
 
 TAIL_LINES = 12
 STOP_SECONDS = 30
+# vLLM says why its engine died, and ends its processes, one after another.
+DYING_SECONDS = 15
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 
 
@@ -115,9 +117,9 @@ class Stack:
             program.check()
 
     def require_healthy(self, name: str) -> None:
-        """Raise RunError unless the program runs and says that it is healthy; one that is dying gets 5 s to end."""
+        """Raise RunError unless the program runs and says that it is healthy; one that is dying is given time to end."""
         program = self[name]
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + DYING_SECONDS
         while time.monotonic() < deadline:
             program.check()
             if _is_up(program):
