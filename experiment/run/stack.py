@@ -117,7 +117,7 @@ class Stack:
             program.check()
 
     def require_healthy(self, name: str) -> None:
-        """Raise RunError unless the program runs and says that it is healthy; one that is dying is given time to end."""
+        """Raise RunError unless the program runs and says that it is healthy; one that is dying has time to end."""
         program = self[name]
         deadline = time.monotonic() + DYING_SECONDS
         while time.monotonic() < deadline:

@@ -147,7 +147,11 @@ class Connection:
         if self._socket and _hung_up(self._socket, self._tls):
             self.close()
         if not self._socket:
-            self._socket = _connect(_addresses(self._host, self._port))
+            try:
+                self._socket = _connect(_addresses(self._host, self._port))
+            except OSError:
+                _addresses.cache_clear()  # a server that comes back may have another
+                raise
             self._receiver.prepare(self._socket)
             if self._context:
                 self._tls = Tls(self._context, self._host)

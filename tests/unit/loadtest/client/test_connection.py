@@ -154,6 +154,18 @@ def test_no_server_is_a_connect_error_and_never_raises(connect: Connect) -> None
     assert exchange.end_ns >= exchange.sent_ns > 0
 
 
+def test_a_server_that_comes_back_at_another_address_is_found(
+    serve: Serve, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = serve([[answer(STREAM)]])
+    moved = int(server.url.rpartition(":")[2])
+    addresses = [("127.0.0.1", free_port()), ("127.0.0.1", moved)]
+    found = [[(socket.AF_INET, socket.SOCK_STREAM, 0, "", address)] for address in addresses]
+    monkeypatch.setattr(gevent.socket, "getaddrinfo", lambda *_, **__: found.pop(0))
+    connection = connect("http://moving.example")
+    assert [post(connection).error for _ in range(2)] == ["connect", None]
+
+
 def test_a_server_without_tls_at_an_https_url_is_a_connect_error(connect: Connect) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
