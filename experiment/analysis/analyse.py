@@ -158,11 +158,15 @@ def _saturation(figures: Figures, target: str) -> JSON | None:
 
 
 def _ladder(figures: Figures, valid: bool) -> list[JSON]:
-    """What each rung brings over the one below it, at each level."""
+    """What each rung brings over the one below it, at each level, over the repeats that all rungs ran."""
+    steps = list(ladder.steps(figures.results.plan["targets"]))
+    rungs = {name for low, up, _ in steps for name in (low, up)}
+    levels = sorted(figures.results.plan["levels"])
+    cells = {level: ladder.shared(_cells_of(figures.results, level), rungs) for level in levels}
     found = []
-    for low, up, adds in ladder.steps(figures.results.plan["targets"]):
-        for level in sorted(figures.results.plan["levels"]):
-            ratios = _ratios(figures, list(pairs(_cells_of(figures.results, level), low, up)), valid)
+    for low, up, adds in steps:
+        for level in levels:
+            ratios = _ratios(figures, list(pairs(cells[level], low, up)), valid)
             if ratio := ratios.get("output_throughput"):
                 found.append({"from": low, "to": up, "adds": adds, "level": level, "ratio": ratio})
     return found

@@ -85,6 +85,20 @@ def test_every_target_is_compared_with_the_first_one_and_the_ladder_with_its_nei
     )
 
 
+@pytest.mark.parametrize("missing", ["one", "paged"])
+def test_a_ladder_with_a_missing_cell_is_that_of_the_repeats_that_all_rungs_ran(tmp_path: Path, missing: str) -> None:
+    waits = {"one": (0.8, 0.7), "batch": (0.4, 0.9), "paged": (0.2, 0.3), "vllm": (0.1, 0.5)}
+    cells = [(name, 1.0, repeat, False, requests(wait[repeat - 1], growth=0.05 * repeat))
+             for repeat in (1, 2) for name, wait in waits.items() if (name, repeat) != (missing, 2)]  # fmt: skip
+    found = summary(make(tmp_path, cells, targets=LADDER, repeats=2))
+    assert [len(step["ratio"]["repeats"]) for step in found["ladder"]] == [1, 1, 1]
+    product, whole = found["ladder_product"], found["levels"][0]["ratios"]["vllm"]["output_throughput"]
+    assert product["value"] == pytest.approx(whole["repeats"][0])
+    assert (product["low"], product["verdict"]) == (None, "invalid")
+    # The headline tells all repeats of the two that it compares, which without the baseline is the same one.
+    assert (product["value"] == pytest.approx(whole["value"])) is (missing == "one")
+
+
 def test_figures_of_an_open_loop_count_from_the_schedule_and_are_held_against_the_limits(tmp_path: Path) -> None:
     slow = [*requests(0.4, count=10), make_record(index=10, sent_ns=10 * SECOND, end_ns=11 * SECOND, error="timeout")]
     found = summary(make(tmp_path, [("one", 1.0, 1, False, slow), ("vllm", 1.0, 1, False, requests(0.6))]))
