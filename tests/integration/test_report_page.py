@@ -106,7 +106,7 @@ def test_the_tables_of_five_servers_fit_on_a_screen_and_lie_apart_on_paper(
     )
     (_, _, _, end), (_, _, start, _) = tables
     assert end <= start
-    assert all(0 <= left and right <= 760 for left, right, _, _ in tables)
+    assert all(left >= 0 and right <= 760 for left, right, _, _ in tables)
     context.close()
 
 

@@ -219,7 +219,7 @@ def test_of_many_targets_the_one_that_gains_most_is_told_in_full() -> None:
     assert told.startswith("At concurrency 4 vLLM made 2.00 times")
     assert told.endswith("against 1,234.")
     assert sentence.details(frame("en", ("hf", "a", "b", "vllm")), summary(found)) == [
-        "At concurrency 4, output tokens per second against HF: a 1.50× (1.50 to 2.50, faster)."
+        "At concurrency 4, output tokens per second against HF: a 1.50× (1.50 to 2.50, faster)."  # noqa: RUF001
     ]
 
 
@@ -255,7 +255,7 @@ def test_a_latency_of_a_level_at_which_a_queue_grew_is_not_told() -> None:
 
 
 def test_where_every_latency_is_without_a_verdict_the_throughput_is_told() -> None:
-    invalid = {name: QUEUE["response_seconds"] for name in ("e2e_seconds", "response_seconds")}
+    invalid = dict.fromkeys(("e2e_seconds", "response_seconds"), QUEUE["response_seconds"])
     told = sentence.verdict(frame("en", closed=False), open_loop(QUEUE | invalid, QUEUE | invalid))
     assert told.startswith("At 4 requests/s vLLM made 2.00 times")
 
