@@ -130,7 +130,7 @@ def test_the_headline_is_of_the_highest_level_that_both_ran(tmp_path: Path) -> N
     folder = make_folder(tmp_path, plan, state="partial")
     shutil.rmtree(folder / "cells" / "04-vllm-c8-r1")
     summary = summary_of(folder)
-    assert "At concurrency 2 " in headline(summary)
+    assert "at concurrency 2 " in headline(summary)
     lonely = next(level for level in summary["levels"] if level["level"] == 8)
     assert list(lonely["targets"]) == ["hf"]
     assert not lonely["ratios"]
@@ -187,7 +187,7 @@ def test_a_run_in_which_nothing_was_measured_compares_nothing(tmp_path: Path) ->
     folder = make_folder(tmp_path, state="partial")
     shutil.rmtree(folder / "cells")
     summary = summary_of(folder)
-    assert headline(summary).startswith("Partial run. No comparison")
+    assert headline(summary).startswith("Not valid: no comparison")
     assert (summary["levels"], summary["cells"], summary["valid"]) == ([], [], False)
 
 
@@ -305,7 +305,7 @@ def test_one_fault_makes_every_verdict_invalid_and_says_which_rule_failed(folder
     assert any(rule in gate for gate in failed_gates(summary)), failed_gates(summary)
     assert summary["valid"] is False
     assert verdicts(summary) == {"invalid"}
-    assert "not valid" in headline(summary)
+    assert headline(summary).startswith("Not valid: ")
 
 
 def test_a_fault_at_one_level_makes_the_verdicts_at_all_levels_invalid(tmp_path: Path) -> None:
