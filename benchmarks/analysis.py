@@ -124,6 +124,7 @@ def write_cell(folder: Path, cell: Cell, chunks: int) -> int:
         end = max(end, int(stamps[:, -1].max()))
     file.close()
     state = asdict(cell) | {"seed": 1, "search": False, "planned_requests": cell.requests, "complete": True}
+    state |= {"prefix_cache": {cell.target: "off"}}
     (folder / "cell.json").write_text(json.dumps(state | {"end_ns": end}))
     (folder / "client.json").write_text(json.dumps(CLIENT))
     return end

@@ -44,7 +44,7 @@ def analyse(results: Results) -> JSON:
     figures = Figures(results, measured, steady.drifts(of_levels))
     plan, names = results.plan, targets(results.plan)
     judged = list(gates.judge(results, of_levels))
-    valid = all(gate["passed"] for gate in judged)
+    valid = all(gate["passed"] is not False for gate in judged)
     levels = [_level(figures, level, valid) for level in sorted(plan["levels"])]
     levels = [level for level in levels if level["targets"]]
     steps = _ladder(figures, valid)
@@ -191,6 +191,7 @@ def _cell_summary(cell: CellResult, figures: Figures) -> JSON:
         "memory_samples_per_second": _sampling_rate(cell, figures.results.timeline),
         "kv_samples": {name: sampled[name] for name in ("samples_per_second", "missed", "broken")} if sampled else None,
         "client": cell.client,
+        "prefix_cache": cell.prefix_cache,
     }
 
 

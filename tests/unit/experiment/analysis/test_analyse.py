@@ -132,7 +132,7 @@ def drifting(folder: Path, arrival: str) -> JSON:
 
 def test_a_closed_loop_that_drifts_makes_the_run_invalid(tmp_path: Path) -> None:
     found = drifting(tmp_path, "closed")
-    (gate,) = [gate for gate in found["gates"] if not gate["passed"]]
+    (gate,) = [gate for gate in found["gates"] if gate["passed"] is False]
     assert gate["id"] == "no-drift"
     (rose,) = gate["found"]
     assert (rose["id"], rose["cell"], rose["metric"]) == ("rose", 1, "ttft_seconds")
@@ -156,6 +156,7 @@ def test_a_queue_that_grows_in_an_open_loop_takes_the_verdicts_on_latency_alone(
 def test_gates_have_names_of_their_own(tmp_path: Path) -> None:
     found = summary(make(tmp_path, [("one", 1.0, 1, False, requests(0.1))]))
     names = [gate["id"] for gate in found["gates"]]
-    assert names == ["cells", "answered", "same-work", "no-drift", "client-complete", "client-fast"]
-    assert found["gates"][3]["found"] == [{"id": "no_trend", "judged": 1, "cells": 1}]
+    first = ["cells", "answered", "tokens-counted", "same-work", "no-borrowed-cache", "no-drift"]
+    assert names == [*first, "client-complete", "client-fast"]
+    assert found["gates"][5]["found"] == [{"id": "no_trend", "judged": 1, "cells": 1}]
     assert found["gates"][0]["found"] == [{"id": "missing", "target": "vllm", "level": 1.0, "repeat": 1}]

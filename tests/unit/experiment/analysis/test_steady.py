@@ -38,6 +38,7 @@ def columns(sent: Floats, first: Floats, last: Floats, warmup: int) -> Requests:
         output_tokens=np.full(len(sent), CHUNKS),
         measured=(index >= warmup) & (index < len(sent) - warmup),
         error=unknown,
+        token_source=np.zeros(len(sent), dtype=np.int64),
         read=lambda: [batch],
     )
 
