@@ -153,8 +153,14 @@ def _saturation(figures: Figures, target: str) -> JSON | None:
         share = _attainment(figures, [cell])
         met = share is not None and share >= wanted
         search.tell(cell.level, met)
-        told.append({"rate": cell.level, "met": met, "attainment": share, "goodput": figures.rate(cell, "goodput")})
-    return asdict(search.result) | {"cells": told}
+        count = int(cell.requests.measured.sum())
+        low, high = stats.wilson(share, count) if share is not None else (None, None)
+        one = {"rate": cell.level, "met": met, "attainment": share, "goodput": figures.rate(cell, "goodput")}
+        told.append(one | {"attainment_low": low, "attainment_high": high})
+    found = search.result
+    bracket = [one for one in told if one["rate"] in (found.rate, found.missed) and one["attainment_low"] is not None]
+    unsure = [one["rate"] for one in bracket if one["attainment_low"] <= wanted <= one["attainment_high"]]
+    return asdict(found) | {"unsure": unsure, "wanted": wanted, "cells": told}
 
 
 def _ladder(figures: Figures, valid: bool) -> list[JSON]:

@@ -118,6 +118,9 @@ def test_a_search_is_told_what_its_cells_came_to_and_they_belong_to_no_level(tmp
     assert vllm["rate"] == 2.83
     assert (vllm["missed"], vllm["above"], vllm["exact"]) == (2.85, None, True)
     assert [cell["met"] for cell in vllm["cells"]] == [True, False, True, False, False]
+    # So few requests that all met the limits do not show that 99 % do.
+    assert vllm["unsure"] == [2.83]
+    assert all(cell["attainment_low"] <= cell["attainment"] <= cell["attainment_high"] for cell in vllm["cells"])
     assert [level["level"] for level in found["levels"]] == [1.0]
     assert (found["valid"], len(found["cells"])) == (True, 7)
 
