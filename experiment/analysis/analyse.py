@@ -61,6 +61,7 @@ def analyse(results: Results) -> JSON:
         "limits": figures.limits,
         "gates": judged,
         "levels": levels,
+        "comparisons": _comparisons(levels),
         "saturation": {name: found for name in names if (found := _saturation(figures, name))},
         "ladder": steps,
         "ladder_product": ladder.product(steps),
@@ -75,6 +76,12 @@ def _level(figures: Figures, level: float, valid: bool) -> JSON:
     found = {name: _target_summary(figures, own) for name, own in by_target.items() if own}
     compared = {name: _ratios(figures, list(pairs(cells, baseline, name)), valid) for name in others}
     return {"level": level, "targets": found, "ratios": {name: ratios for name, ratios in compared.items() if ratios}}
+
+
+def _comparisons(levels: Sequence[JSON]) -> int:
+    """How many ratios have an interval: where nothing differs, each leaves out 1 by chance in one case of twenty."""
+    ratios = [ratio for level in levels for one in level["ratios"].values() for ratio in one.values()]
+    return sum(ratio["low"] is not None for ratio in ratios)
 
 
 def _cells_of(results: Results, level: float) -> list[CellResult]:

@@ -66,6 +66,7 @@ def test_every_target_is_compared_with_the_first_one_and_the_ladder_with_its_nei
     cells = [(name, 1.0, repeat, False, requests(wait)) for repeat in (1, 2) for name, wait in waits.items()]
     found = summary(make(tmp_path, cells, targets=LADDER, repeats=2))
     assert (found["baseline"], found["targets"]) == ("one", list(waits))
+    assert found["comparisons"] == 3 * len(found["levels"][0]["ratios"]["vllm"])
     assert found["valid"] is True
     (level,) = found["levels"]
     ratios = {name: ratio["ttft_seconds"]["value"] for name, ratio in level["ratios"].items()}
