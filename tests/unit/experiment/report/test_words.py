@@ -73,13 +73,14 @@ SEARCHES = [
     ({"rate": 8, "missed": None}, "every rate tried met the limits; the highest tried was 8", "最高为 8"),
     ({"rate": 2.83, "missed": 2.85}, "2.83 requests/s met the limits and 2.85 did not", "2.85 不满足"),
     ({"rate": 4, "missed": 8, "exact": False}, "further apart than 5%, as the search ended early", "搜索提前结束"),
+    ({"rate": 2, "missed": 3, "unsure": [2, 3]}, "chance may have decided at 2, 3: the 95 % interval", "可能出于偶然"),
     ({"rate": 2, "missed": 4, "above": 8}, "8 met them too, which does not count", "8 也满足"),
 ]
 
 
 @pytest.mark.parametrize(("found", "english", "chinese"), SEARCHES)
 def test_how_a_search_ended_is_told_in_each_language(found: JSON, english: str, chinese: str) -> None:
-    whole = {"above": None, "exact": True, "precision": 0.05} | found
+    whole: JSON = {"above": None, "exact": True, "precision": 0.05, "unsure": [], "wanted": 0.99} | found
     assert english in findings.search_end(Words("en"), whole)
     assert chinese in findings.search_end(Words("zh"), whole)
 
