@@ -270,7 +270,7 @@ def test_a_run_in_which_every_request_failed_gets_a_report(headroom: Headroom, f
         change_records(folder, cell.name, lambda records: [replace(record, error="reset") for record in records])
     code, out, err = headroom("report", str(folder))
     assert (code, err) == (0, "")
-    assert out.startswith("No comparison")
+    assert out.startswith("Not valid: no comparison")
 
 
 @pytest.mark.usefixtures("no_charts")
