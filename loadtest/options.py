@@ -31,7 +31,7 @@ class Options(BaseModel):
     input_lengths: Lengths = Field("lognormal", description="synthetic: distribution of the prompt lengths")
     output_lengths: Lengths = Field("lognormal", description="synthetic: distribution of the output lengths")
     input_mean: float = Field(64.0, ge=1, description="lognormal, synthetic: mean prompt length in tokens")
-    output_mean: float = Field(48.0, ge=1, description="lognormal, synthetic: mean output length in tokens")
+    output_mean: float = Field(48.0, ge=1, description="lognormal, synthetic: mean output length; files: default")
     sigma: float = Field(
         0.6, ge=0, le=3, description="spread: sigma of the lengths' logarithm; normal, uniform: share of the mean"
     )
@@ -95,8 +95,6 @@ class Options(BaseModel):
 
 
 Problems = Iterator[tuple[str, str]]
-# The lengths that have a spread to choose.
-SPREAD = {"lognormal", "normal", "uniform"}
 
 
 # An option that the arrivals or the workload chosen would not read is an error: a rate without an arrival is a closed
@@ -113,7 +111,7 @@ READ_BY: dict[str, dict[str, tuple[str, ...]]] = {
         "input_lengths": ("synthetic",),
         "output_lengths": ("synthetic",),
         "input_mean": ("lognormal", "synthetic"),
-        "output_mean": ("lognormal", "synthetic"),
+        "output_mean": ("lognormal", "synthetic", "dataset"),
         "sigma": ("lognormal", "synthetic"),
         "input_histogram": ("synthetic",),
         "output_histogram": ("synthetic",),
@@ -150,7 +148,8 @@ def _arrival_problems(options: Options) -> Problems:
 
 
 def _length_problems(options: Options) -> Problems:
-    yield from _unread(options, "workload")
+    # Prompts of a file that gives them no output length get the mean.
+    yield from (one for one in _unread(options, "workload") if one[0] != "output_mean" or not options.dataset)
     if options.workload != "synthetic":
         return
     for side in ("input", "output"):
@@ -160,8 +159,6 @@ def _length_problems(options: Options) -> Problems:
         unread = f"{side}_mean" if lengths == "empirical" else f"{side}_histogram"
         if _given(options, unread):
             yield unread, f"is not read by {side}_lengths {lengths}"
-    if _given(options, "sigma") and not {options.input_lengths, options.output_lengths} & SPREAD:
-        yield "sigma", f"is not read by these lengths; expected one of {', '.join(sorted(SPREAD))}"
 
 
 def _prompt_problems(options: Options) -> Problems:
