@@ -109,6 +109,8 @@ def main(arguments: Sequence[str]) -> int:
         client, server = map(int, given.split(","))
     except ValueError:
         parser.error(f"--cores: {given!r}: expected two numbers with a comma between")
+    if client == server:
+        parser.error(f"--cores: {given!r}: expected two different cores, for the client and the server")
     if missing := {client, server} - os.sched_getaffinity(0):
         parser.error(f"--cores: {given!r}: this process may not use core {', '.join(map(str, sorted(missing)))}")
     setrlimit(RLIMIT_NOFILE, (getrlimit(RLIMIT_NOFILE)[1],) * 2)

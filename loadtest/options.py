@@ -1,6 +1,7 @@
 """The load test's options, defined once: the command line, the environment and the web form derive from them."""
 
 import argparse
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, get_args, get_origin
 from urllib.parse import urlsplit
@@ -30,7 +31,7 @@ class Options(BaseModel):
     input_lengths: Lengths = Field("lognormal", description="synthetic: distribution of the prompt lengths")
     output_lengths: Lengths = Field("lognormal", description="synthetic: distribution of the output lengths")
     input_mean: float = Field(64.0, ge=1, description="lognormal, synthetic: mean prompt length in tokens")
-    output_mean: float = Field(48.0, ge=1, description="lognormal, synthetic: mean output length in tokens")
+    output_mean: float = Field(48.0, ge=1, description="lognormal, synthetic: mean output length; files: default")
     sigma: float = Field(
         0.6, ge=0, le=3, description="spread: sigma of the lengths' logarithm; normal, uniform: share of the mean"
     )
@@ -68,7 +69,12 @@ class Options(BaseModel):
         parts = urlsplit(url)
         if not parts.hostname or parts.port == 0:
             raise ValueError("expected http://HOST[:PORT] or https://HOST[:PORT]")
-        return url
+        if "@" in parts.netloc:
+            raise ValueError("expected no user or password; keys come from HEADROOM_HF_API_KEY, HEADROOM_VLLM_API_KEY")
+        if parts.query or parts.fragment:
+            raise ValueError("expected nothing after the path")
+        # Many programs are given the address with it; all paths that are asked for here begin with it.
+        return url.rstrip("/").removesuffix("/v1") if parts.path.rstrip("/").endswith("/v1") else url
 
     @field_validator("stages")
     @classmethod
@@ -91,21 +97,44 @@ class Options(BaseModel):
 Problems = Iterator[tuple[str, str]]
 
 
-# An option that the arrivals chosen would not read is an error: a rate without an arrival is a closed loop by mistake.
-READ_BY: dict[str, tuple[str, ...]] = {
-    "rate": ("constant", "poisson", "gamma"),
-    "burstiness": ("gamma", "steps", "ramp"),
-    "duration": ("constant", "poisson", "gamma", "steps", "ramp", "trace"),
-    "stages": ("steps", "ramp"),
-    "time_scale": ("trace",),
+# An option that the arrivals or the workload chosen would not read is an error: a rate without an arrival is a closed
+# loop by mistake.
+READ_BY: dict[str, dict[str, tuple[str, ...]]] = {
+    "arrival": {
+        "rate": ("constant", "poisson", "gamma"),
+        "burstiness": ("gamma", "steps", "ramp"),
+        "duration": ("constant", "poisson", "gamma", "steps", "ramp", "trace"),
+        "stages": ("steps", "ramp"),
+        "time_scale": ("trace",),
+    },
+    "workload": {
+        "input_lengths": ("synthetic",),
+        "output_lengths": ("synthetic",),
+        "input_mean": ("lognormal", "synthetic"),
+        "output_mean": ("lognormal", "synthetic", "dataset"),
+        "sigma": ("lognormal", "synthetic"),
+        "input_histogram": ("synthetic",),
+        "output_histogram": ("synthetic",),
+    },
 }
+
+
+def _given(options: Options, name: str) -> bool:
+    return bool(getattr(options, name) != Options.model_fields[name].default)
+
+
+def _unread(options: Options, by: str) -> Problems:
+    chosen = getattr(options, by)
+    for name, readers in READ_BY[by].items():
+        if chosen not in readers and _given(options, name):
+            yield name, f"is not read by {by} {chosen}; expected {by} {' or '.join(readers)}"
 
 
 def _arrival_problems(options: Options) -> Problems:
     arrival = options.arrival
-    for name, readers in READ_BY.items():
-        if arrival not in readers and getattr(options, name) != Options.model_fields[name].default:
-            yield name, f"is not read by arrival {arrival}; expected arrival {' or '.join(readers)}"
+    yield from _unread(options, "arrival")
+    if options.drain and not options.requests:
+        yield "drain", "is not read without requests, which it follows"
     if arrival in ("constant", "poisson", "gamma") and not options.rate:
         yield "rate", f"arrival {arrival} needs a rate above 0 requests per second"
     if arrival in ("steps", "ramp") and not options.stages:
@@ -119,12 +148,17 @@ def _arrival_problems(options: Options) -> Problems:
 
 
 def _length_problems(options: Options) -> Problems:
+    # Prompts of a file that gives them no output length get the mean.
+    yield from (one for one in _unread(options, "workload") if one[0] != "output_mean" or not options.dataset)
+    if options.workload != "synthetic":
+        return
     for side in ("input", "output"):
         lengths = getattr(options, f"{side}_lengths")
-        if lengths != "lognormal" and options.workload != "synthetic":
-            yield f"{side}_lengths", f"needs workload synthetic, not {options.workload}"
         if lengths == "empirical" and not getattr(options, f"{side}_histogram"):
             yield f"{side}_histogram", f"{side}_lengths empirical needs a CSV file of length,count"
+        unread = f"{side}_mean" if lengths == "empirical" else f"{side}_histogram"
+        if _given(options, unread):
+            yield unread, f"is not read by {side}_lengths {lengths}"
 
 
 def _prompt_problems(options: Options) -> Problems:
@@ -167,7 +201,12 @@ def check(given: Mapping[str, Any]) -> Options:
     except ValidationError as error:
         # Those of a whole set of options name their fields themselves.
         problems = (
-            f"{p['loc'][0]}: {p['input']!r}: {p['msg']}" if p["loc"] else p["msg"].removeprefix("Value error, ")
+            f"{p['loc'][0]}: {_shown(p['input'])}: {p['msg']}" if p["loc"] else p["msg"].removeprefix("Value error, ")
             for p in error.errors()
         )
         raise ValueError("; ".join(problems)) from None
+
+
+def _shown(value: object) -> str:
+    """A value without the password that an address may have."""
+    return re.sub(r"//.*@", "//***@", repr(value))

@@ -1,13 +1,12 @@
 """One process's part of a run: hands out requests in order, sends them on time and passes the records on."""
 
 import gc
-import json
 import os
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any, Protocol, TypeVar
 
@@ -72,7 +71,8 @@ class Part:
     """What one process does of a run: its share of each target's requests, none where it is not among the targets.
 
     All processes of a run have the same `run_id` and `start_ns`, from which arrivals are counted: CLOCK_MONOTONIC of
-    the master, which is `clock_offset_ns` ahead of this process's.
+    the master, which is `clock_offset_ns` ahead of this process's. `models`: what to ask each target for where the
+    option `model` names none.
     """
 
     start_ns: int
@@ -80,6 +80,7 @@ class Part:
     shares: dict[str, Share]
     worker: int = 0
     clock_offset_ns: int = 0
+    models: dict[str, str] = field(default_factory=dict)
 
 
 def whole(targets: Iterable[str]) -> Part:
@@ -112,7 +113,6 @@ class Run:
         self._requests = {t: WORKLOADS[options.workload](options, s.rank, s.of) for t, s in shares.items()}
         self._receiver = Receiver(options.stamps)
         self._idle: defaultdict[str, list[Connection]] = defaultdict(list)
-        self._models: dict[str, str] = {}
         self._in_flight = Group()
         self._handed_out: Counter[str] = Counter()
         self._ended: Counter[str] = Counter()
@@ -169,7 +169,7 @@ class Run:
             self._measuring = True
             self._self_check.begin()
         connection = self._idle[target].pop() if self._idle[target] else self._connect(target)
-        model = self._model(target, connection)
+        model = self.options.model or self._part.models[target]
         body = request.chat_body(model) if self.options.endpoint == "chat" else request.body(model)
         path = PATHS[self.options.endpoint]
         if self._watcher:
@@ -218,24 +218,12 @@ class Run:
         }
 
     def _connect(self, target: str) -> Connection:
-        options = self.options
-        headers = {"Authorization": f"Bearer {key}"} if (key := api_key(target)) else {}
-        url = getattr(options, f"{target}_url")
-        return Connection(url, self._receiver, options.timeout, options.token_timeout, headers)
-
-    def _model(self, target: str, connection: Connection) -> str:
-        if self.options.model:
-            return self.options.model
-        if target not in self._models and (name := first_model(connection)):
-            self._models[target] = name
-        # When the server does not say, requests fail and show why.
-        return self._models.get(target, target)
+        return connect(self.options, target, self._receiver)
 
     def _dispatch(self, target: str, offsets: Iterator[float]) -> None:
         """Start each request at its time, whatever has or has not come back."""
         # Before the first arrival, which it would delay.
         connection = self._connect(target)
-        self._model(target, connection)
         connection.open()
         self._idle[target].append(connection)
         with closing(Alarm()) as alarm:
@@ -306,6 +294,13 @@ def api_key(target: str) -> str:
     return os.environ.get(f"HEADROOM_{target.upper()}_API_KEY", "")
 
 
+def connect(options: Options, target: str, receiver: Receiver) -> Connection:
+    """Make a connection to a server, which opens when it is needed."""
+    headers = {"Authorization": f"Bearer {key}"} if (key := api_key(target)) else {}
+    url = getattr(options, f"{target}_url")
+    return Connection(url, receiver, options.timeout, options.token_timeout, headers)
+
+
 def make_record(request: Request, exchange: Exchange, **fields: Any) -> Record:
     """Turn what came back into a record; `fields` are those that neither request nor answer know."""
     fields |= {
@@ -342,14 +337,3 @@ def _error_of(exchange: Exchange) -> ErrorKind | None:
     if not exchange.error and not exchange.answer.content_type.startswith("text/event-stream"):
         return "malformed"
     return exchange.error
-
-
-def first_model(connection: Connection) -> str:
-    """Name of the first model that the server offers; empty when it does not say."""
-    exchange = connection.get("/v1/models")
-    if exchange.error == "cancelled":
-        raise gevent.GreenletExit
-    try:
-        return str(json.loads(exchange.answer.body)["data"][0]["id"])
-    except (ValueError, KeyError, IndexError, TypeError):
-        return ""

@@ -10,6 +10,8 @@ import gevent
 from loadtest.live.tally import Distribution
 
 LAG_PROBE_SECONDS = 0.005
+# A shorter run is mostly its own start and end.
+LEAST_SECONDS = 1.0
 
 
 def go_first() -> bool:
@@ -63,7 +65,8 @@ class SelfCheck:
     def finish(self) -> dict[str, object]:
         """CPU share of one core, chunks in the busiest second, percentiles of lag and lateness (s; None: closed loop).
 
-        They are right to 1 %. What comes after the first call is not measured.
+        They are right to 1 %. The CPU share of less than LEAST_SECONDS is None: it says nothing of the load.
+        What comes after the first call is not measured.
         """
         if self._report:
             return self._report
@@ -73,7 +76,7 @@ class SelfCheck:
             "pid": os.getpid(),
             "wall_seconds": wall,
             "goes_first": self._goes_first,
-            "cpu_share": (time.process_time() - self._cpu) / wall,
+            "cpu_share": (time.process_time() - self._cpu) / wall if wall >= LEAST_SECONDS else None,
             "chunks_per_second_max": max(self._chunks.values(), default=0),
             **_percentiles("loop_lag", self._lags, 0.0),
             **_percentiles("send_lateness", self._late, None),

@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import gevent
+from locust import User
 from locust.dispatch import UsersDispatcher
 from locust.env import Environment
 from locust.runners import STATE_MISSING, STATE_STOPPING, MasterRunner, WorkerNode, WorkerRunner
 
 from loadtest.keeper import Keeper
 from loadtest.link import LOST_SECONDS, MasterEnd, WorkerEnd, settle_timeouts
+from loadtest.models import first_models
 from loadtest.options import Options, check
 from loadtest.records import number_in
 from loadtest.run import Part, Run, Share, Watcher, whole
@@ -76,11 +78,12 @@ class Coordinator:
         return self._keeper.path if self._keeper else None
 
     def start(self, options: Options, targets: Sequence[str], senders: dict[str, set[str]]) -> dict[str, Part]:
-        """Open the records' file and share the run out; raises OSError, and TimeoutError for a worker without a clock.
+        """Open the records' file and share the run out; `senders`: the nodes, each with what it can send to.
 
-        `senders`: the nodes, each with the targets that it can send to.
+        Raises OSError, ValueError for a server that does not say its model, TimeoutError for a worker without a clock.
         """
         self.forget()
+        models = first_models(options, targets)
         offsets = self._link.compare_clocks(senders) if self._link else {}
         self._keeper = Keeper(options)
         self._ranks = {node: rank for rank, node in enumerate(senders)}
@@ -91,7 +94,7 @@ class Coordinator:
             able = [node for node, reached in senders.items() if target in reached]
             for rank, node in enumerate(able):
                 shares[node][target] = Share(rank, len(able))
-        run = whole(targets)
+        run = replace(whole(targets), models=models)
         if self._link:
             self._link.begin(run.run_id, self._ranks)
         return {
@@ -269,27 +272,23 @@ def _options(environment: Environment) -> Options:
     return check(vars(environment.parsed_options))
 
 
-def _senders(
-    environment: Environment, master: MasterRunner, options: Options, targets: list[str]
+def reach(
+    options: Options, kinds: Sequence[type[User]], users: int, nodes: Sequence[WorkerNode] | None = None
 ) -> dict[str, set[str]]:
-    """The workers, each with the targets that it can send to: in an open loop all, in a closed loop its users'.
+    """The nodes, each with the targets that it can send to: in an open loop all, in a closed loop its users'.
 
-    Raises ValueError for a target without a user.
+    Without `nodes` it is this process, "local". Raises ValueError for a target without a user.
     """
-    clients = master.clients
-    workers = clients.ready + clients.running + clients.spawning
+    nodes = [WorkerNode("local")] if nodes is None else nodes
+    targets = {kind.__name__: kind.target for kind in kinds if issubclass(kind, TargetUser)}
     if options.arrival != "closed":
-        return {worker.id: set(targets) for worker in workers}
+        return {node.id: set(targets.values()) for node in nodes}
     # Where Locust is about to place the users, by its own dispatcher, which is the same whenever it is asked.
-    dispatcher = environment.dispatcher_class(workers, environment.user_classes)
-    dispatcher.new_dispatch(master.target_user_count, max(1, master.target_user_count))
+    dispatcher = FixedWorkers(list(nodes), list(kinds))
+    dispatcher.new_dispatch(users, max(1, users))
     *_, placed = dispatcher
-    kinds = {kind.__name__: kind.target for kind in environment.user_classes if issubclass(kind, TargetUser)}
-    senders = {
-        worker.id: {target for name, target in kinds.items() if placed[worker.id].get(name)} for worker in workers
-    }
-    if idle := set(targets) - set().union(*senders.values()):
-        users = master.target_user_count
+    senders = {node.id: {target for name, target in targets.items() if placed[node.id].get(name)} for node in nodes}
+    if idle := set(targets.values()) - set().union(*senders.values()):
         names = ", ".join(sorted(idle))
         raise ValueError(
             f"users: {users}: in a closed loop expected at least one for each server, not none for {names}"
@@ -321,16 +320,20 @@ def _start_worker(worker: Sender, link: WorkerEnd, orders: list[dict[str, Any]])
 
 def _start_here(environment: Environment, coordinator: Coordinator, local: Sender) -> None:
     try:
-        targets = _targets(environment)
-        local.start(coordinator.start(_options(environment), targets, {"local": set(targets)})["local"])
+        assert environment.runner  # noqa: S101 - it is what starts
+        options, users = _options(environment), environment.runner.target_user_count
+        senders = reach(options, environment.user_classes, users)
+        local.start(coordinator.start(options, _targets(environment), senders)["local"])
     except (OSError, ValueError) as error:
         coordinator.refuse(error)
 
 
 def _share_out(environment: Environment, master: MasterRunner, coordinator: Coordinator) -> None:
     try:
-        options, targets = _options(environment), _targets(environment)
-        parts = coordinator.start(options, targets, _senders(environment, master, options, targets))
+        options, clients = _options(environment), master.clients
+        nodes = clients.ready + clients.running + clients.spawning
+        senders = reach(options, environment.user_classes, master.target_user_count, nodes)
+        parts = coordinator.start(options, _targets(environment), senders)
     except TimeoutError as error:
         coordinator.forget()
         coordinator.fail(error, WORKERS_LOST)

@@ -93,13 +93,10 @@ def settings_unset() -> dict[str, None]:
 
 def workload_options(plan: Plan, stack: Stack) -> dict[str, object]:
     """Options of the load test that are the same for all targets and loads."""
-    return {
-        "workload": plan.workload,
-        "input-mean": plan.input_mean,
-        "output-mean": plan.output_mean,
-        "sigma": plan.sigma,
-        "max-context": stack.max_model_len(),
-    }
+    lengths = {"input-mean": plan.input_mean, "output-mean": plan.output_mean, "sigma": plan.sigma}
+    # The others have their own, and the load test refuses options that it would not read.
+    read = lengths if plan.workload == "lognormal" else {}
+    return {"workload": plan.workload, **read, "max-context": stack.max_model_len()}
 
 
 def user_of(target: Target) -> str:

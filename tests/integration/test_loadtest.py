@@ -22,9 +22,10 @@ def locust(stack: Stack, *arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize("workload", ["classic", "lognormal", "alpaca"])
 def test_both_servers_get_the_same_requests_and_do_the_same_work(stack: Stack, tmp_path: Path, workload: str) -> None:
     kept = tmp_path / "records.arrow"
+    shorter = ["--output-mean", "12"] if workload == "lognormal" else []  # the others have their own lengths
     done = locust(
         stack, *("HF", "VLLM", "-u", "4", "-r", "4", "--requests", "8", "--warmup", "2", "--drain", "1"),
-        *("--workload", workload, "--output-mean", "12", "--records", str(kept)),
+        *("--workload", workload, *shorter, "--records", str(kept)),
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     found = list(records.read(kept))

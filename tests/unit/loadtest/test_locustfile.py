@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -39,10 +39,20 @@ class Handler(BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
     asked: list[dict[str, Any]]
+    paths: ClassVar[list[str]] = []
     stalled: threading.Semaphore
     over: threading.Event
 
     def do_GET(self) -> None:
+        self.paths.append(f"GET {self.path}")
+        if self.path.startswith("/nameless"):
+            self.send_error(404)
+            return
+        if self.path.startswith("/held"):
+            self.over.wait(30)
+            return
+        if self.path.startswith("/slow"):
+            time.sleep(2)
         self._answer("application/json", b'{"data": [{"id": "first"}, {"id": "second"}]}')
 
     def do_POST(self) -> None:
@@ -51,6 +61,7 @@ class Handler(BaseHTTPRequestHandler):
             self.stalled.release()
             self.over.wait(30)
             return
+        self.paths.append(f"POST {self.path}")
         self.asked.append(body)
         self._answer("text/event-stream", STREAM)
 
@@ -118,8 +129,8 @@ class Programs:
         _, errors = process.communicate(timeout=90)
         return process.returncode, [line for line in errors.splitlines() if line.startswith("loadtest: ")], errors
 
-    def stop(self, name: str) -> None:
-        self._processes[name].send_signal(signal.SIGTERM)
+    def stop(self, name: str, number: int = signal.SIGTERM) -> None:
+        self._processes[name].send_signal(number)
 
     def records(self, name: str) -> list[Record]:
         return list(read(self.folder / name / "records.arrow"))
@@ -164,6 +175,11 @@ def programs(tmp_path_factory: pytest.TempPathFactory, url: str, web_port: int) 
         started.start("existing", f"{run} --records ../taken.jsonl")
         started.start("whole", f"{run} --users 2 --spawn-rate 9 --warmup 2 --requests 5")
         started.start("stalled", f"{run} --hf-url {url}/stalled --users 2 --spawn-rate 9")
+        open_loop = f"{run} --arrival constant --rate 10 --requests 5"
+        for name in ("nameless", "held", "slow"):
+            started.start(name, f"{open_loop} --hf-url {url}/{name}")
+        started.start("one user", f"{run} VLLM --vllm-url {url} --users 1 --requests 2")
+        started.start("interrupted", f"{run} --hf-url {url}/stalled --model m")
         started.start("full disk", f"{run} --requests 500", preexec=limit_file_size)
         yield started
 
@@ -216,7 +232,7 @@ def test_a_whole_run_keeps_every_record_and_ends_by_itself(programs: Programs, a
 
 
 def test_requests_that_wait_when_the_run_ends_are_records_too(programs: Programs) -> None:
-    assert all(Handler.stalled.acquire(timeout=20) for _ in range(2))
+    assert all(Handler.stalled.acquire(timeout=20) for _ in range(3))  # one is that of the next test
     programs.stop("stalled")
     code, _, errors = programs.ended("stalled")
     assert (code, "Traceback" in errors) == (0, False)
@@ -224,6 +240,45 @@ def test_requests_that_wait_when_the_run_ends_are_records_too(programs: Programs
     assert sorted((record.index, record.error) for record in records) == [(0, "cancelled"), (1, "cancelled")]
     assert all(record.end_ns > record.sent_ns for record in records)
     assert json.loads((programs.folder / "stalled" / "client.json").read_text())["complete"] is False
+
+
+def test_an_interrupt_while_the_files_are_closed_is_ignored(programs: Programs) -> None:
+    for _ in range(2):
+        programs.stop("interrupted", signal.SIGINT)
+        time.sleep(0.002)
+    code, _, errors = programs.ended("interrupted")
+    assert (code, "Traceback" in errors) == (0, False)
+    assert [record.error for record in programs.records("interrupted")] == ["cancelled"]
+    assert json.loads((programs.folder / "interrupted" / "client.json").read_text())["complete"] is False
+
+
+@pytest.mark.parametrize(("name", "problem"), [("nameless", "status 404"), ("held", "no answer after 5 s")])
+def test_a_server_that_does_not_say_its_models_is_refused_with_2_and_sent_nothing(
+    programs: Programs, url: str, name: str, problem: str
+) -> None:
+    code, lines, errors = programs.ended(name)
+    assert (code, "Traceback" in errors) == (2, False)
+    where = f"hf_url: '{url}/{name}': GET /v1/models: {problem}; expected the name of a model, or --model NAME"
+    assert lines == [f"loadtest: the run ends: {where}"]
+    assert [path for path in Handler.paths if name in path] == [f"GET /{name}/v1/models"]
+    assert not list((programs.folder / name).iterdir())
+
+
+def test_a_server_that_is_slow_to_say_its_models_delays_the_schedule_and_no_request(programs: Programs) -> None:
+    code, _, errors = programs.ended("slow")
+    assert (code, "Traceback" in errors) == (0, False)
+    assert [path for path in Handler.paths if "slow" in path].count("GET /slow/v1/models") == 1
+    late = [record.late_seconds for record in programs.records("slow")]
+    assert len(late) == 5
+    assert all(seconds is not None and seconds < 0.8 for seconds in late)  # the machine is busy with all the others
+
+
+def test_a_closed_loop_in_which_a_server_would_have_no_user_is_refused_with_2(programs: Programs) -> None:
+    code, lines, _ = programs.ended("one user")
+    assert code == 2
+    expected = "users: 1: in a closed loop expected at least one for each server, not none for vllm"
+    assert lines == [f"loadtest: the run ends: {expected}"]
+    assert not list((programs.folder / "one user").iterdir())
 
 
 def test_a_full_disk_ends_it_with_3_and_says_so_without_a_traceback(programs: Programs) -> None:
@@ -236,7 +291,8 @@ def test_a_full_disk_ends_it_with_3_and_says_so_without_a_traceback(programs: Pr
 
 
 def submit(port: int, **form: object) -> dict[str, Any]:
-    data = urllib.parse.urlencode({"user_count": 1, "spawn_rate": 1, "user_classes": "HF", **form}).encode()
+    fields = {"user_count": 1, "spawn_rate": 1, "user_classes": "HF", **form}
+    data = urllib.parse.urlencode(fields, doseq=True).encode()
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/swarm", data, timeout=10) as response:
         answer: dict[str, Any] = json.load(response)
         return answer
@@ -302,9 +358,16 @@ def test_every_option_is_a_field_of_the_web_form(web: int) -> None:
         ({"input_mean": "0"}, "input_mean: '0': Input should be greater than or equal to 1"),
         ({"workload": "poisson"}, "workload: 'poisson': Input should be 'lognormal', 'classic', 'sharegpt',"),
         ({"requests": "many"}, "requests: 'many': Input should be a valid integer"),
+        # A field that the form leaves out is as it was.
+        ({"input_mean": "9"}, "input_mean: 9.0: is not read by workload classic"),
+        ({"user_classes": ["HF", "VLLM"], "records": "new.arrow"}, "users: 1: in a closed loop expected at least one"),
+        ({"model": "", "records": "new.arrow"}, "GET /v1/models: connect: "),
         ({"host": "http://elsewhere"}, "host: 'http://elsewhere': leave it empty; each user class has a server"),
         ({"records": "../taken.jsonl"}, "records: '../taken.jsonl' exists; name a new file"),
-        ({"input_mean": "5000"}, "a mean length of 5000 tokens does not fit: at most 1024 (half of max_context)"),
+        (
+            {"workload": "lognormal", "input_mean": "5000"},
+            "a mean length of 5000 tokens does not fit: at most 1024 (half of max_context)",
+        ),
     ],
 )
 def test_the_web_form_refuses_a_bad_value_with_a_message(web: int, form: dict[str, str], message: str) -> None:

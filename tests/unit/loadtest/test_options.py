@@ -56,6 +56,35 @@ def test_what_no_connection_could_use_is_refused_before_the_run(field: str, valu
         check({field: value})
 
 
+@pytest.mark.parametrize("given", ["http://me:sesame@host:8000", "http://sesame@host", "ftp://me:ses@ame@host/v1"])
+def test_an_address_with_a_password_is_refused_without_showing_it(given: str) -> None:
+    with pytest.raises(ValueError, match=r"^hf_url: 'http://\*\*\*@host|^hf_url: 'ftp:") as refused:
+        check({"hf_url": given})
+    assert "ame" not in str(refused.value)
+    if given.startswith("http"):
+        assert str(refused.value).endswith("keys come from HEADROOM_HF_API_KEY, HEADROOM_VLLM_API_KEY")
+
+
+def test_an_address_with_a_query_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"^vllm_url: 'http://host/\?a=b': .*expected nothing after the path$"):
+        check({"vllm_url": "http://host/?a=b"})
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ("http://host/v1", "http://host"),
+        ("http://host:8000/v1/", "http://host:8000"),
+        ("https://host/hf/v1", "https://host/hf"),
+        ("http://v1", "http://v1"),
+        ("http://host/v12", "http://host/v12"),
+        ("http://host/", "http://host/"),
+    ],
+)
+def test_an_address_may_be_given_with_the_v1_that_all_paths_begin_with(given: str, kept: str) -> None:
+    assert check({"hf_url": given}).hf_url == kept
+
+
 def test_every_bad_value_is_named() -> None:
     with pytest.raises(ValueError, match=r"input_mean: .*; sigma: "):
         check({"input_mean": "x", "sigma": "y"})
@@ -77,7 +106,35 @@ def test_every_bad_value_is_named() -> None:
         ({"workload": "trace"}, "trace: '': workload trace needs a trace file"),
         ({"trace": "x.csv"}, "trace: 'x.csv': is read by arrival trace and workload trace alone"),
         ({"time_scale": "2"}, "time_scale: 2.0: is not read by arrival closed; expected arrival trace"),
-        ({"input_lengths": "zipf"}, "input_lengths: 'zipf': needs workload synthetic, not lognormal"),
+        (
+            {"input_lengths": "zipf"},
+            "input_lengths: 'zipf': is not read by workload lognormal; expected workload synthetic",
+        ),
+        (
+            {"input_mean": "5", "workload": "classic"},
+            "input_mean: 5.0: is not read by workload classic; expected workload lognormal or synthetic",
+        ),
+        (
+            {"output_mean": "5", "workload": "sharegpt"},
+            "output_mean: 5.0: is not read by workload sharegpt; expected workload lognormal or synthetic or dataset",
+        ),
+        (
+            {"sigma": "0", "workload": "dataset", "dataset": "x.json"},
+            "sigma: 0.0: is not read by workload dataset; expected workload lognormal or synthetic",
+        ),
+        (
+            {"input_histogram": "x.csv"},
+            "input_histogram: 'x.csv': is not read by workload lognormal; expected workload synthetic",
+        ),
+        (
+            {"output_histogram": "x.csv", "workload": "synthetic"},
+            "output_histogram: 'x.csv': is not read by output_lengths lognormal",
+        ),
+        (
+            {"workload": "synthetic", "input_lengths": "empirical", "input_histogram": "x.csv", "input_mean": "5"},
+            "input_mean: 5.0: is not read by input_lengths empirical",
+        ),
+        ({"drain": "3"}, "drain: 3: is not read without requests, which it follows"),
         (
             {"workload": "synthetic", "output_lengths": "empirical"},
             "output_histogram: '': output_lengths empirical needs a CSV file of length,count",
@@ -116,6 +173,10 @@ def test_options_that_do_not_fit_together_are_named_with_what_is_needed(given: d
         {"workload": "trace", "trace": "x.csv", "arrival": "poisson", "rate": "2"},
         {"workload": "sharegpt", "dataset": "x.json", "endpoint": "chat"},
         {"workload": "classic", "endpoint": "chat"},
+        {"workload": "sharegpt", "dataset": "x.json", "output_mean": "9"},
+        {"workload": "dataset", "dataset": "x.json", "output_mean": "9"},
+        {"workload": "synthetic", "input_lengths": "constant", "output_lengths": "normal", "sigma": "0.1"},
+        {"workload": "synthetic", "input_lengths": "empirical", "input_histogram": "x.csv", "output_mean": "9"},
         {"turns": "3", "prefix_groups": "2", "prefix_tokens": "9", "workload": "alpaca"},
     ],
 )
@@ -128,7 +189,7 @@ def test_options_that_fit_together_are_allowed(given: dict[str, str]) -> None:
 
 def test_the_total_holds_warm_up_and_drain_and_is_open_without_a_number_of_requests() -> None:
     assert Options(requests=7, warmup=2, drain=3).total == 12
-    assert Options(warmup=2, drain=3).total is None
+    assert Options(warmup=2).total is None
 
 
 def test_a_switch_is_on_when_it_is_named() -> None:
@@ -150,9 +211,9 @@ def test_every_option_is_read_from_the_command_line_and_from_the_environment() -
     add_arguments(parser)
     assert check(vars(parser.parse_args([], env_vars={}))) == Options()
     variables = {"HEADROOM_LOADTEST_MAX_CONTEXT": "100", "HEADROOM_LOADTEST_INPUT_MEAN": "9.5"}
-    chosen = vars(parser.parse_args(["--input-mean", "8.5", "--workload", "classic"], env_vars=variables))
+    chosen = vars(parser.parse_args(["--input-mean", "8.5", "--workload", "synthetic"], env_vars=variables))
     assert set(chosen) == set(Options.model_fields)
-    assert check(chosen) == Options(max_context=100, input_mean=8.5, workload="classic")
+    assert check(chosen) == Options(max_context=100, input_mean=8.5, workload="synthetic")
 
 
 def test_the_defaults_are_allowed() -> None:

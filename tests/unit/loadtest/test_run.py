@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -21,7 +20,7 @@ import pytest
 from loadtest.options import Options
 from loadtest.records import Record, RecordFile, read
 from loadtest.run import FLUSH_SECONDS, START_SECONDS, Part, Run, Share, whole
-from loadtest.selfcheck import SelfCheck
+from loadtest.selfcheck import LEAST_SECONDS, SelfCheck
 
 ROOT = Path(__file__).parents[3]
 ANSWER_ID = 777
@@ -212,9 +211,8 @@ def test_the_run_tells_what_the_client_measured_of_itself(begin: Begin) -> None:
     summary = run.close()
     assert summary["requests_ended"] == {"hf": 2}
     assert isinstance(summary["wall_seconds"], float)
-    assert isinstance(summary["cpu_share"], float)
-    assert summary["wall_seconds"] > 0
-    assert 0 <= summary["cpu_share"] < 2
+    assert 0 < summary["wall_seconds"] < LEAST_SECONDS
+    assert summary["cpu_share"] is None
     assert summary["send_lateness_p99_seconds"] is None
 
 
@@ -269,18 +267,6 @@ def test_a_dispatcher_that_is_behind_lets_others_have_their_turn(begin: Begin, k
     wait_until(lambda: len(Handler.bodies) > 20)
     run.close()
     assert kept.records()
-
-
-def test_a_run_that_is_stopped_while_a_server_does_not_say_its_models_sends_nothing(url: str, kept: Kept) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        address = f"http://127.0.0.1:{silent.getsockname()[1]}"
-        options = Options(hf_url=address, arrival="constant", rate=50)
-        run = Run(options, whole(["hf"]), kept.batches.append, kept.ends.append)
-        gevent.sleep(0.2)
-        begun = time.monotonic()
-        run.close()
-        assert time.monotonic() - begun < 2
-    assert kept.records() == []
 
 
 @pytest.mark.parametrize("arrival", [{}, {"arrival": "constant", "rate": 50}], ids=["closed", "open"])
@@ -374,8 +360,8 @@ def test_a_busy_client_shows_in_its_cpu_share() -> None:
     for busy in (False, True):
         check = SelfCheck()
         begun = time.process_time()
-        gevent.sleep(0.1)
-        while busy and time.process_time() < begun + 0.1:
+        gevent.sleep(LEAST_SECONDS)
+        while busy and time.process_time() < begun + 0.5:
             pass
         shares.append(check.finish()["cpu_share"])
     idle, busy_share = shares

@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 from hypothesis import given
@@ -12,6 +13,7 @@ from experiment.analysis import requests
 from experiment.plan.plan import Target
 from experiment.run import cell as run
 from experiment.run import stack
+from loadtest.options import check
 from tests.unit.experiment.folders import SECOND, make_plan, make_record
 
 OPEN = make_plan(levels=[2], arrival="poisson", requests=100, limits={"ttft_seconds": 1}, attainment=0.9)
@@ -30,6 +32,23 @@ def test_a_cell_is_lost_once_the_rest_cannot_make_up_for_what_missed(missed: int
     good, bad = make_record(**stamps), make_record(sent_ns=-SECOND, **stamps)
     warmup = [make_record(sent_ns=-SECOND, phase="warmup", **stamps)] * 50
     assert run.is_lost(OPEN, cell, requests.of([*warmup, *[bad] * missed, *[good] * met])) == (missed > 10)
+
+
+class Context:
+    """All that the options ask of the servers."""
+
+    def max_model_len(self) -> int:
+        return 2048
+
+
+@pytest.mark.parametrize("workload", ["lognormal", "classic", "sharegpt", "alpaca"])
+def test_a_cell_passes_only_the_lengths_that_its_workload_reads(workload: str) -> None:
+    plan = make_plan(workload=workload, input_mean=9.5, output_mean=12, sigma=0.1)
+    options = run.workload_options(plan, cast(Any, Context()))
+    taken = check({name.replace("-", "_"): value for name, value in options.items()})
+    assert (taken.workload, taken.max_context) == (workload, 2048)
+    expected = (9.5, 12, 0.1) if workload == "lognormal" else (64, 48, 0.6)
+    assert (taken.input_mean, taken.output_mean, taken.sigma) == expected
 
 
 def test_options_become_flags_that_values_cannot_break_out_of() -> None:
