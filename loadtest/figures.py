@@ -6,6 +6,7 @@ that of the report of a comparison: from the first measured request until the lo
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any, get_args
 
@@ -22,6 +23,8 @@ Columns = dict[str, Longs]
 UNKNOWN = -1
 ERRORS = get_args(ErrorKind)
 NUMBERS = ("max_tokens", "scheduled_ns", "sent_ns", "end_ns", "output_tokens")
+COLUMNS = ["target", "phase", *NUMBERS, "error", "chunk_ns"]
+BLOCK_BATCHES = 100
 LATENCIES = {
     "ttft_seconds": "TTFT",
     "tpot_seconds": "TPOT",
@@ -64,7 +67,7 @@ def _columns(path: Path) -> dict[str, Columns]:
     """Of each target's requests what the figures need; `row` is the place in the file."""
     parts: defaultdict[str, list[Columns]] = defaultdict(list)
     row = 0
-    for batch in batches(path, mapped=False):
+    for batch in _blocks(path):
         found = _numbers_of(batch) | {"row": np.arange(row, row + batch.num_rows)}
         row += batch.num_rows
         targets = np.asarray(batch.column("target").to_pylist())
@@ -73,6 +76,13 @@ def _columns(path: Path) -> dict[str, Columns]:
             # Copies: a view would keep the whole batch in memory.
             parts[target].append({name: column[chosen] for name, column in found.items()})
     return {t: {name: np.concatenate([part[name] for part in some]) for name in some[0]} for t, some in parts.items()}
+
+
+def _blocks(path: Path) -> Iterator[pa.RecordBatch]:
+    """The columns that are read here, in batches of a size that is fast to work on."""
+    small = batches(path, mapped=False)
+    while some := [batch.select(COLUMNS) for batch in islice(small, BLOCK_BATCHES)]:
+        yield from pa.Table.from_batches(some).combine_chunks().to_batches()
 
 
 def _numbers_of(batch: pa.RecordBatch) -> Columns:
