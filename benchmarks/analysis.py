@@ -11,7 +11,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -124,6 +124,7 @@ def write_cell(folder: Path, cell: Cell, chunks: int) -> int:
         end = max(end, int(stamps[:, -1].max()))
     file.close()
     state = asdict(cell) | {"seed": 1, "search": False, "planned_requests": cell.requests, "complete": True}
+    state |= {"prefix_cache": {cell.target: "off"}}
     (folder / "cell.json").write_text(json.dumps(state | {"end_ns": end}))
     (folder / "client.json").write_text(json.dumps(CLIENT))
     return end
@@ -224,14 +225,24 @@ def line(result: Result) -> str:
     )
 
 
+def beyond(result: Result, max_seconds: float, max_gb: float) -> Iterator[str]:
+    """What of a report is over its limit, in words."""
+    if result.seconds > max_seconds:
+        yield f"{result.requests:,} requests took {result.seconds:.1f} s: at most {max_seconds:g} (--max-seconds)"
+    if result.peak_bytes > max_gb * 1e9:
+        yield f"{result.requests:,} requests took {result.peak_bytes / 1e9:.2f} GB: at most {max_gb:g} (--max-gb)"
+
+
 def main() -> int:
-    """Run the benchmark; 1 when the report failed."""
+    """Run the benchmark; 1 when the report failed, or a report took longer or more memory than it may."""
     parser = argparse.ArgumentParser(prog="benchmarks.analysis", description=(__doc__ or "").partition("\n")[0])
     numbers: Callable[[str], list[int]] = lambda text: [int(part) for part in text.split(",")]  # noqa: E731
     parser.add_argument("--requests", type=numbers, default="1000000", metavar="N,...", help="requests of each run")
     parser.add_argument("--chunks", type=int, default=200, metavar="N", help="chunks of a request")
     parser.add_argument("--levels", type=numbers, default="16,64,256", metavar="N,...", help="requests in flight")
     parser.add_argument("--repeats", type=int, default=4, metavar="N", help="repeats of each level")
+    parser.add_argument("--max-seconds", type=float, default=60, metavar="S", help="a report takes at most so long")
+    parser.add_argument("--max-gb", type=float, default=2, metavar="GB", help="and at most so much memory, in 10^9 B")
     parser.add_argument("--folder", type=Path, metavar="DIR", help="where to keep the runs; default: nowhere")
     parser.add_argument("--out", type=Path, metavar="FILE", help="file for the figures as JSON")
     given = parser.parse_args()
@@ -251,7 +262,10 @@ def main() -> int:
     if given.out:
         found = describe() | {"results": [asdict(result) for result in results]}
         given.out.write_text(json.dumps(found, indent=1) + "\n")
-    return 0
+    over = [told for result in results for told in beyond(result, given.max_seconds, given.max_gb)]
+    for told in over:
+        print(f"benchmarks.analysis: {told}", file=sys.stderr)
+    return 1 if over else 0
 
 
 if __name__ == "__main__":

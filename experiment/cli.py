@@ -18,6 +18,7 @@ from experiment.history.gate import gate
 from experiment.history.listing import list_runs
 from experiment.plan.plan import Plan
 from experiment.plan.settings import PlanError, read_plan
+from experiment.run.arguments import require_arguments
 from experiment.run.compare import INTERRUPTED, compare, resume, up, write_report
 from experiment.run.parts import ResumeError
 
@@ -89,7 +90,9 @@ def _compare(arguments: Sequence[str]) -> int:
 
 def _plan(arguments: Sequence[str]) -> Plan:
     try:
-        return read_plan(arguments)
+        plan = read_plan(arguments)
+        require_arguments(plan)
+        return plan
     except PlanError as error:
         for line in str(error).splitlines():
             _say(line, BAD_INPUT)

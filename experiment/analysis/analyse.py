@@ -44,7 +44,7 @@ def analyse(results: Results) -> JSON:
     figures = Figures(results, measured, steady.drifts(of_levels))
     plan, names = results.plan, targets(results.plan)
     judged = list(gates.judge(results, of_levels))
-    valid = all(gate["passed"] for gate in judged)
+    valid = all(gate["passed"] is not False for gate in judged)
     levels = [_level(figures, level, valid) for level in sorted(plan["levels"])]
     levels = [level for level in levels if level["targets"]]
     steps = _ladder(figures, valid)
@@ -61,6 +61,7 @@ def analyse(results: Results) -> JSON:
         "limits": figures.limits,
         "gates": judged,
         "levels": levels,
+        "comparisons": _comparisons(levels),
         "saturation": {name: found for name in names if (found := _saturation(figures, name))},
         "ladder": steps,
         "ladder_product": ladder.product(steps),
@@ -75,6 +76,12 @@ def _level(figures: Figures, level: float, valid: bool) -> JSON:
     found = {name: _target_summary(figures, own) for name, own in by_target.items() if own}
     compared = {name: _ratios(figures, list(pairs(cells, baseline, name)), valid) for name in others}
     return {"level": level, "targets": found, "ratios": {name: ratios for name, ratios in compared.items() if ratios}}
+
+
+def _comparisons(levels: Sequence[JSON]) -> int:
+    """How many ratios have an interval: where nothing differs, each leaves out 1 by chance in one case of twenty."""
+    ratios = [ratio for level in levels for one in level["ratios"].values() for ratio in one.values()]
+    return sum(ratio["low"] is not None for ratio in ratios)
 
 
 def _cells_of(results: Results, level: float) -> list[CellResult]:
@@ -153,16 +160,26 @@ def _saturation(figures: Figures, target: str) -> JSON | None:
         share = _attainment(figures, [cell])
         met = share is not None and share >= wanted
         search.tell(cell.level, met)
-        told.append({"rate": cell.level, "met": met, "attainment": share, "goodput": figures.rate(cell, "goodput")})
-    return asdict(search.result) | {"cells": told}
+        count = int(cell.requests.measured.sum())
+        low, high = stats.wilson(share, count) if share is not None else (None, None)
+        one = {"rate": cell.level, "met": met, "attainment": share, "goodput": figures.rate(cell, "goodput")}
+        told.append(one | {"attainment_low": low, "attainment_high": high})
+    found = search.result
+    bracket = [one for one in told if one["rate"] in (found.rate, found.missed) and one["attainment_low"] is not None]
+    unsure = [one["rate"] for one in bracket if one["attainment_low"] <= wanted <= one["attainment_high"]]
+    return asdict(found) | {"unsure": unsure, "wanted": wanted, "cells": told}
 
 
 def _ladder(figures: Figures, valid: bool) -> list[JSON]:
-    """What each rung brings over the one below it, at each level."""
+    """What each rung brings over the one below it, at each level, over the repeats that all rungs ran."""
+    steps = list(ladder.steps(figures.results.plan["targets"]))
+    rungs = {name for low, up, _ in steps for name in (low, up)}
+    levels = sorted(figures.results.plan["levels"])
+    cells = {level: ladder.shared(_cells_of(figures.results, level), rungs) for level in levels}
     found = []
-    for low, up, adds in ladder.steps(figures.results.plan["targets"]):
-        for level in sorted(figures.results.plan["levels"]):
-            ratios = _ratios(figures, list(pairs(_cells_of(figures.results, level), low, up)), valid)
+    for low, up, adds in steps:
+        for level in levels:
+            ratios = _ratios(figures, list(pairs(cells[level], low, up)), valid)
             if ratio := ratios.get("output_throughput"):
                 found.append({"from": low, "to": up, "adds": adds, "level": level, "ratio": ratio})
     return found
@@ -191,6 +208,7 @@ def _cell_summary(cell: CellResult, figures: Figures) -> JSON:
         "memory_samples_per_second": _sampling_rate(cell, figures.results.timeline),
         "kv_samples": {name: sampled[name] for name in ("samples_per_second", "missed", "broken")} if sampled else None,
         "client": cell.client,
+        "prefix_cache": cell.prefix_cache,
     }
 
 

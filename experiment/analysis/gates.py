@@ -1,4 +1,8 @@
-"""The rules that make a comparison valid, each with what was found. Evidence that is missing fails a rule."""
+"""The rules that make a comparison valid, each with what was found.
+
+A rule fails when something was found against it or the evidence that every run leaves is missing. It is `not judged`
+when a run without fault may leave none: cells too short for a trend, servers that do not say what a rule asks.
+"""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import product
@@ -7,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from experiment.analysis import stats, steady
+from experiment.analysis.requests import SOURCES
 from experiment.analysis.results import JSON, CellResult, Results, pairs, targets
 from experiment.analysis.steady import Steady
 
@@ -17,6 +22,8 @@ LISTED = 20
 def judge(results: Results, measured: Mapping[int, Steady]) -> Iterator[JSON]:
     """Hold a run against each rule: its `id`, whether it `passed`, and what was `found`: findings with their values.
 
+    `passed` is None for a rule that could not be judged.
+
     `measured` is what happened inside the window of each cell, by its index. The cells of a search for the saturation
     are there to be overloaded, and are stopped when they are: of them only the load generator's speed is judged.
     """
@@ -26,10 +33,12 @@ def judge(results: Results, measured: Mapping[int, Steady]) -> Iterator[JSON]:
     failed = stats.errors_by_kind(np.concatenate([np.empty(0, np.int64), *(cell.requests.error for cell in cells)]))
     kinds = [_finding("failed", count=count, kind=kind) for kind, count in failed.items()]
     yield _gate("answered", against=kinds, otherwise=[_finding("none_failed")])
+    yield _tokens_were_counted(cells)
     yield _same_work(results.plan, list(whole.values()))
+    yield _no_cache_was_borrowed(results.cells)
     if results.plan["together"]:
         yield _loaded_together(list(whole.values()), measured)
-    yield _nothing_drifted(results.plan, measured)
+    yield _nothing_drifted(results.plan, measured, list(whole.values()))
     yield _client_came_to_its_end(cells)
     # The load generator stands still while it is stopped.
     yield _client_was_fast_enough([cell for cell in results.cells if not cell.stopped_early])
@@ -47,6 +56,38 @@ def _all_were_run(plan: JSON, whole: Collection[tuple[float, int, str]]) -> JSON
 
 def _has_all_records(cell: CellResult) -> bool:
     return len(np.unique(cell.requests.index)) == len(cell.requests) == cell.planned_requests
+
+
+def _tokens_were_counted(cells: Sequence[CellResult]) -> JSON:
+    """A count that is max_tokens, because the server says that the output ended there, proves nothing."""
+    sources = np.concatenate([np.empty(0, np.int64), *(c.requests.token_source[c.requests.answered] for c in cells)])
+    counts = dict(zip(SOURCES, np.bincount(sources, minlength=len(SOURCES)).tolist(), strict=True))
+    against = [_finding("uncounted", count=counts["unknown"])] if counts["unknown"] else []
+    unknown = [_finding("fallback", count=counts["max_tokens"])] if counts["max_tokens"] else []
+    told = [_finding("counted", count=counts["usage"] + counts["token_ids"])]
+    return _gate("tokens-counted", against=against, unknown=unknown, otherwise=told)
+
+
+def _no_cache_was_borrowed(cells: Sequence[CellResult]) -> JSON:
+    """A prefix cache that was kept from cell to cell, or from run to run, may hold the prompts that are to come."""
+    against, unknown, otherwise = [], [], []
+    for target in dict.fromkeys(cell.target for cell in cells):
+        own = [cell for cell in cells if cell.target == target]
+        states = [cell.prefix_cache["state"] for cell in own]
+        kept = [c.index for c in own if c.prefix_cache["state"] == "on" and c.prefix_cache["hits"] != 0]
+        silent = [c.index for c in own if c.prefix_cache["state"] == "unknown"]
+        against += [_finding("cache_kept", target=target, cells=kept)] if kept else []
+        unknown += [_finding("cache_unknown", target=target, cells=silent)] if silent else []
+        otherwise += [_finding("cache_on", target=target)] if "on" in states else []
+        otherwise += [_finding("cache_reset", target=target, share=_found_share(own))] if "reset" in states else []
+    none = [_finding("cache_off") if cells else _finding("no_cells")]
+    return _gate("no-borrowed-cache", against=against, unknown=unknown, otherwise=otherwise or none)
+
+
+def _found_share(cells: Sequence[CellResult]) -> float:
+    """Of the prompt tokens that a server looked for in its prefix cache, the share that it found, as far as it says."""
+    queries, hits = (sum(cell.prefix_cache[name] or 0 for cell in cells) for name in ("queries", "hits"))
+    return hits / queries if queries else 0.0
 
 
 def _same_work(plan: JSON, whole: Sequence[CellResult]) -> JSON:
@@ -84,8 +125,11 @@ def _share_together(cell: CellResult) -> float:
     return float((end - start) / max(1, last - first))
 
 
-def _nothing_drifted(plan: JSON, measured: Mapping[int, Steady]) -> JSON:
-    """In an open loop a queue that grows is a finding, which takes the verdicts on latency of its level alone."""
+def _nothing_drifted(plan: JSON, measured: Mapping[int, Steady], whole: Sequence[CellResult]) -> JSON:
+    """In an open loop a queue that grows is a finding, which takes the verdicts on latency of its level alone.
+
+    That nothing drifted is known when each target had a cell at its highest level that was long enough to tell.
+    """
     told = [
         _finding("rose" if change > 0 else "fell", cell=index, metric=metric, change=abs(change))
         for index, moved in steady.drifts(measured).items()
@@ -93,6 +137,12 @@ def _nothing_drifted(plan: JSON, measured: Mapping[int, Steady]) -> JSON:
     ]
     judged = sum(bool(cell.trends) for cell in measured.values())
     no_trend = [_finding("no_trend", judged=judged, cells=len(measured))]
+    highest = {cell.target: max(c.level for c in whole if c.target == cell.target) for cell in whole}
+    at_it = [cell for cell in whole if cell.level == highest[cell.target] and cell.index in measured]
+    known = {cell.target for cell in at_it if measured[cell.index].trends}
+    if not told and (not highest or known < highest.keys()):
+        too_short = [_finding("too_short", target=target) for target in highest if target not in known]
+        return _gate("no-drift", unknown=[*too_short, *no_trend], otherwise=[])
     if plan["arrival"] == "closed":
         return _gate("no-drift", against=told, otherwise=no_trend)
     return _gate("no-drift", otherwise=[_finding("over_saturated"), *told] if told else no_trend)
@@ -137,8 +187,8 @@ def _finding(name: str, **values: Any) -> JSON:
     return {"id": name, **values}
 
 
-def _gate(name: str, *, against: Sequence[JSON] = (), otherwise: Sequence[JSON]) -> JSON:
-    """A rule, which fails when anything was found against it."""
-    found = list(against or otherwise)
+def _gate(name: str, *, against: Sequence[JSON] = (), unknown: Sequence[JSON] = (), otherwise: Sequence[JSON]) -> JSON:
+    """A rule, which fails when anything was found against it, and is not judged when something is unknown."""
+    found = [*against, *unknown] or list(otherwise)
     more = [_finding("more", count=len(found) - LISTED)] if len(found) > LISTED else []
-    return {"id": name, "passed": not against, "found": found[:LISTED] + more}
+    return {"id": name, "passed": False if against else None if unknown else True, "found": found[:LISTED] + more}

@@ -6,10 +6,12 @@ ratio holds both. From there to vLLM everything else changes at once: its kernel
 
 import math
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import asdict
 from itertools import pairwise
 
-from experiment.analysis.results import JSON
+from experiment.analysis import stats
+from experiment.analysis.results import JSON, CellResult
 
 # The main rungs in their order, and what is new in each.
 MAIN = {
@@ -48,21 +50,33 @@ def _between(low: str, up: str) -> str:
     return " + ".join(MAIN[name] for name in order[order.index(low) + 1 : order.index(up) + 1])
 
 
-def product(steps: Sequence[JSON]) -> JSON | None:
-    """The main way at the highest level as factors of one gain; None unless two steps or more follow each other.
+def shared(cells: Sequence[CellResult], rungs: Collection[str]) -> list[CellResult]:
+    """The cells of a level in the repeats that all of these rungs ran: their steps multiply to the whole gain."""
+    ran: dict[int, set[str]] = {}
+    for cell in cells:
+        ran.setdefault(cell.repeat, set()).add(cell.target)
+    return [cell for cell in cells if ran[cell.repeat].issuperset(rungs)]
 
-    `steps` are those of a summary. Geometric means over the same repeats multiply to that of the whole.
+
+def product(steps: Sequence[JSON]) -> JSON | None:
+    """The main way at the highest level as factors of one gain with its interval.
+
+    `steps` are those of a summary. None unless two steps or more follow each other, over the same repeats: the
+    geometric means of these multiply to that of the whole.
     """
     last = max((step["level"] for step in steps), default=None)
     way: list[JSON] = []
     for step in steps:
         if step["level"] == last and not (way and step["from"] != way[-1]["to"]):
             way.append(step)
-    if len(way) < 2:
+    repeats = [step["ratio"]["repeats"] for step in way]
+    if len(way) < 2 or len(set(map(len, repeats))) > 1:
         return None
-    total = math.prod(step["ratio"]["value"] for step in way)
+    whole = asdict(stats.ratio_of_pairs([math.prod(factors) for factors in zip(*repeats, strict=True)]))
+    if any(step["ratio"]["verdict"] == "invalid" for step in way):
+        whole["verdict"] = "invalid"
     factors = [{"value": step["ratio"]["value"], "adds": step["adds"]} for step in way]
-    return {"level": last, "from": way[0]["from"], "to": way[-1]["to"], "value": total, "factors": factors}
+    return {"level": last, "from": way[0]["from"], "to": way[-1]["to"], "factors": factors, **whole}
 
 
 def rung(target: JSON) -> str | None:

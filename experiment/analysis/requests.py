@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from loadtest import records
-from loadtest.records import ErrorKind, Record
+from loadtest.records import ErrorKind, Record, TokenSource
 
 Longs = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -24,6 +24,7 @@ Batches = Callable[[], Iterable[pa.RecordBatch]]
 # What stands for a number that is not known: no time, no count and no token is negative.
 UNKNOWN = -1
 ERRORS: tuple[str, ...] = get_args(ErrorKind)
+SOURCES: tuple[str, ...] = get_args(TokenSource)
 # A block ends with the batch that fills it; so many chunks take 16 MB with their tokens.
 BLOCK_ROWS, BLOCK_CHUNKS = 16_384, 1_000_000
 _NUMBERS = ("index", "scheduled_ns", "sent_ns", "end_ns", "prompt_tokens", "output_tokens")
@@ -49,8 +50,9 @@ class Requests:
     """The requests of a cell, with an element for each in every column; UNKNOWN where a number is not known.
 
     `first_ns` and `last_ns` are the stamps of the first and the last chunk. `error` is a position in ERRORS, or UNKNOWN
-    for a request that was answered. `read` yields all record batches, each time it is called. Where several servers
-    were under load together, `shared_ns` is the time in which all were; else it is None.
+    for a request that was answered, and `token_source` one in SOURCES: who counted its output tokens. `read` yields all
+    record batches, each time it is called. Where several servers were under load together, `shared_ns` is the time in
+    which all were; else it is None.
     """
 
     index: Longs
@@ -63,6 +65,7 @@ class Requests:
     last_ns: Longs
     measured: Flags
     error: Longs
+    token_source: Longs
     read: Batches
     shared_ns: tuple[int, int] | None = None
 
@@ -154,6 +157,8 @@ def _columns(table: pa.Table) -> dict[str, Longs]:
         found[name][some] = ns[at[some]]
     found["measured"] = pc.equal(table["phase"], "measured").to_numpy().astype(np.int64)
     found["error"] = _numbers(pc.index_in(table["error"], value_set=pa.array(ERRORS)))
+    source = pc.index_in(table["token_source"], value_set=pa.array(SOURCES))
+    found["token_source"] = _numbers(pc.fill_null(source, SOURCES.index("unknown")))
     unheard = table["error"].filter(pa.array(found["error"] == UNKNOWN)).drop_null()
     if len(unheard):
         raise ValueError(f"error: {unheard[0].as_py()!r}: expected one of {', '.join(ERRORS)}")

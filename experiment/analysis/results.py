@@ -47,6 +47,8 @@ class CellResult:
 
     `level` is a number of requests in flight, or in an open loop a rate in requests per second. A cell of the `search`
     for the saturation belongs to no level, and is stopped early when it cannot meet the limits any more.
+    `prefix_cache` has the `state` of the server's before the cell (off, reset, on or unknown), and how many tokens of
+    the cell's prompts it looked for there (`queries`) and found (`hits`), None where the server does not say.
     """
 
     index: int
@@ -62,6 +64,7 @@ class CellResult:
     requests: Requests
     path: Path
     client: JSON | None
+    prefix_cache: JSON
 
     @property
     def records(self) -> list[Record]:
@@ -169,7 +172,15 @@ def _load_cell(folder: Path, shifts: Mapping[str, int]) -> CellResult:
             requests=kept,
             path=path,
             client=_read_json(client) if client.exists() else None,
+            prefix_cache=_prefix_cache(cell),
         )
+
+
+def _prefix_cache(cell: JSON) -> JSON:
+    """What cell.json has of the prefix cache of the cell's own server; a run of an earlier version says less."""
+    state = (cell.get("prefix_cache") or {}).get(cell["target"], "unknown")
+    counted = cell.get("prefix_tokens") or {}
+    return {"state": state, "queries": counted.get("queries"), "hits": counted.get("hits")}
 
 
 def _together(cells: Sequence[CellResult]) -> list[CellResult]:

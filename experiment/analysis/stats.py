@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-from scipy.special import stdtrit
+from scipy.special import ndtri, stdtrit
 
 from experiment.analysis.requests import ERRORS, UNKNOWN, Flags, Floats, Longs, Requests
 
@@ -150,6 +150,17 @@ def meets(requests: Requests, limits: Mapping[Any, float]) -> Flags:
 def attainment(requests: Requests, limits: Mapping[str, float]) -> float | None:
     """Share of the measured requests that met every limit; None when nothing was measured."""
     return float(meets(requests, limits)[requests.measured].mean()) if requests.measured.any() else None
+
+
+def wilson(share: float, count: int) -> tuple[float, float]:
+    """The 95 % interval of a share of so many requests, as if each were independent (Wilson, JASA 22, 1927).
+
+    Requests that wait in the same queue are not, so that the truth is wider.
+    """
+    z2 = float(ndtri(0.975)) ** 2
+    middle, reach = share + z2 / (2 * count), np.sqrt(z2 * (share * (1 - share) + z2 / (4 * count)) / count)
+    low, high = (float(middle + way * reach) / (1 + z2 / count) for way in (-1, 1))
+    return max(0.0, low), min(1.0, high)
 
 
 def goodput(requests: Requests, limits: Mapping[str, float]) -> float | None:

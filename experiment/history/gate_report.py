@@ -14,22 +14,25 @@ HEADLINES: dict[Outcome, str] = {
     "invalid": "INVALID: no verdict, because the evidence for one is missing",
 }
 # How JUnit calls what became of a rule that was not passed: a failed one is no fault of the test itself.
-ELEMENTS = {"failed": "failure", "invalid": "error"}
+ELEMENTS = {"failed": "failure", "invalid": "error", "not judged": "skipped"}
 COLUMNS = ("", "metric", "limit", "baseline", "now", "ratio (95 % interval)", "verdict")
 # What XML 1.0 cannot hold (section 2.2).
 _NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
 def as_junit(folder: Path, rulings: Sequence[Ruling]) -> str:
-    """One test case a rule, with its figures as the message; a rule that could not be judged is an error."""
+    """One test case a rule, its figures as the message: an error where evidence lacks, skipped where not judged."""
     counts = {name: sum(one.outcome == outcome for one in rulings) for outcome, name in ELEMENTS.items()}
     numbers = {"tests": str(len(rulings)), "failures": str(counts["failure"]), "errors": str(counts["error"])}
+    numbers["skipped"] = str(counts["skipped"])
     root = ElementTree.Element("testsuites", {"name": "headroom gate", **numbers})
-    suite = ElementTree.SubElement(root, "testsuite", {"name": folder.name, **numbers, "skipped": "0", "time": "0"})
+    suite = ElementTree.SubElement(root, "testsuite", {"name": folder.name, **numbers, "time": "0"})
     for one in rulings:
         names = {"classname": _xml(one.group), "name": _xml(one.rule), "time": "0"}
         case = ElementTree.SubElement(suite, "testcase", names)
-        if one.outcome != "passed":
+        if one.outcome == "not judged":
+            ElementTree.SubElement(case, "skipped", {"message": _xml(_figures(one))})
+        elif one.outcome != "passed":
             failure = {"type": one.outcome, "message": _xml(one.found)}
             ElementTree.SubElement(case, ELEMENTS[one.outcome], failure).text = _xml(_figures(one))
         else:

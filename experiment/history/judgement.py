@@ -26,7 +26,8 @@ from experiment.plan.rules import RATES, Rules
 from experiment.words import Words, findings
 
 WORDS = Words("en")
-Outcome = Literal["passed", "failed", "invalid"]
+Outcome = Literal["passed", "failed", "invalid", "not judged"]
+OF_GATES: dict[bool | None, Outcome] = {True: "passed", False: "invalid", None: "not judged"}
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def judge(run: Run, baseline: Run, rules: Rules) -> Iterator[Ruling]:
 
 
 def verdict(rulings: Sequence[Ruling]) -> Outcome:
-    """Invalid when any rule could not be judged, else failed when any failed."""
+    """Invalid when any rule lacks its evidence, else failed when any failed; what is not judged is only told."""
     outcomes = {one.outcome for one in rulings}
     return "invalid" if "invalid" in outcomes else "failed" if "failed" in outcomes else "passed"
 
@@ -71,7 +72,7 @@ def verdict(rulings: Sequence[Ruling]) -> Outcome:
 def _validity(name: str, run: Run) -> Iterator[Ruling]:
     for found in run.summary["gates"]:
         rule, told = findings.rule(WORDS, found), findings.found(WORDS, found, run.summary["arrival"])
-        yield Ruling(f"{name} is valid", rule, "passed" if found["passed"] else "invalid", told)
+        yield Ruling(f"{name} is valid", rule, OF_GATES[found["passed"]], told)
     state, reason = run.summary["state"], run.summary["reason"]
     whole: Outcome = "passed" if state == "complete" else "invalid"
     yield Ruling(f"{name} is valid", "the run came to its planned end", whole, reason or state)

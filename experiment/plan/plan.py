@@ -5,9 +5,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from experiment.plan.rules import Rules
+from experiment.plan.rules import Checked, Rules
 
 # What a target's name cannot be: other programs and layers of memory are called so.
 RESERVED = ("monitor", "unattributed")
@@ -41,10 +41,8 @@ class Cell:
         return f"concurrency {self.level:g}" if self.arrival == "closed" else f"{self.level:g} requests/s"
 
 
-class Target(BaseModel):
+class Target(Checked):
     """A server: one of ours with its arguments, or the URL of one that runs already."""
-
-    model_config = ConfigDict(extra="forbid")
 
     name: str = Field(pattern="^[a-z0-9-]+$", max_length=40, description="in folders, tables and charts")
     kind: Literal["hf", "vllm", "url"] = Field(description="servers.hf, servers.vllm, or any OpenAI-compatible server")
@@ -83,10 +81,8 @@ class Target(BaseModel):
         return self
 
 
-class Plan(BaseModel):
+class Plan(Checked):
     """Load each target in turn with the same requests and write a report."""
-
-    model_config = ConfigDict(extra="forbid")
 
     model: str = Field("random:tiny", description="a Hugging Face id, a folder, or random:SHAPE")
     targets: list[Target] = Field(

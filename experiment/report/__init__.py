@@ -87,6 +87,9 @@ def page(results: Results, summary: JSON, drawn: Drawn) -> str:
         languages=LANGUAGES,
         frames=frames,
         headlines={language: sentence.verdict(frame, summary) for language, frame in frames.items()},
+        all_details={language: sentence.details(frame, summary) for language, frame in frames.items()},
+        lead=charts.lead(frames["en"], summary, drawn["en"]),
+        limited=_limited(frames["en"], summary),
         all_charts=drawn,
         summary=summary,
         plan=results.plan,
@@ -101,6 +104,8 @@ def page(results: Results, summary: JSON, drawn: Drawn) -> str:
         reasons=REASONS,
         columns=_columns(summary),
         sources=_sources(summary),
+        no_allocator=_no_allocator(summary),
+        sampled=results.timeline is not None or bool(results.memory.caches),
     )
 
 
@@ -123,7 +128,28 @@ def _columns(summary: JSON) -> list[tuple[str, str]]:
     return list(dict.fromkeys((layer, name) for layer in order for memory in kept for name in memory.get(layer, {})))
 
 
-def _sources(summary: JSON) -> JSON:
-    """The figures of a KV cache of each server that has some, for where its live tokens come from."""
-    found = [(t, f["memory"].get("kv")) for level in summary["levels"] for t, f in level["targets"].items()]
-    return {target: figures for target, figures in found if figures}
+def _limited(frame: Frame, summary: JSON) -> dict[str, list[str]]:
+    """The servers that held so many sequences for another reason than their memory, by that reason."""
+    found = caches.limits(frame, summary)
+    return {limit: own for limit in ("load", "other") if (own := [name for name in found if found[name] == limit])}
+
+
+def _sources(summary: JSON) -> dict[tuple[str, int | None], list[str]]:
+    """The servers whose live tokens come from the same source, by it and the size of a block.
+
+    `tokens` are those of which the bytes of a token are not known.
+    """
+    found: dict[tuple[str, int | None], list[str]] = {}
+    kept = {t: kv for level in summary["levels"] for t, f in level["targets"].items() if (kv := f["memory"].get("kv"))}
+    for target, kv in kept.items():
+        found.setdefault((kv["live_source"], kv["block_size"]), []).append(target)
+    if unknown := [target for target, kv in kept.items() if kv["unit"] == "tokens"]:
+        found["tokens", None] = unknown
+    return found
+
+
+def _no_allocator(summary: JSON) -> list[str]:
+    """The servers that say nothing of their allocator, where another one does."""
+    memories = [(t, f["memory"]) for level in summary["levels"] for t, f in level["targets"].items()]
+    known = {target for target, memory in memories if "allocator" in memory}
+    return list(dict.fromkeys(target for target, _ in memories if target not in known)) if known else []

@@ -1,12 +1,14 @@
 """The charts of KV caches at their load: what was allocated by level, and the shares of it that were live or waste."""
 
+import math
 from collections.abc import Iterator, Sequence
 
 import altair as alt
 
 from experiment.analysis.results import JSON
+from experiment.report.bars import bars
 from experiment.report.layers import PARTS, unit_of
-from experiment.report.look import INK, WIDTH, Chart, Frame, chosen, heading, legend_on_top, room_for, svg, table
+from experiment.report.look import WIDTH, Chart, Frame, chosen, heading, legend_on_top, room_for, svg, table
 from experiment.run.kv import REASONS
 
 # Shares of the KV memory: Kwon et al., "Efficient Memory Management for Large Language Model Serving with
@@ -20,6 +22,8 @@ PAPER = {
 }
 # The height of a bar, and how many there are at most where there are several levels.
 BAR, BARS = 20, 8
+# A cache of which so much was allocated at some moment had no room for one more sequence.
+FULL = 0.9
 
 
 def draw(frame: Frame, summary: JSON) -> dict[str, str]:
@@ -117,32 +121,33 @@ def held(levels: Sequence[JSON]) -> dict[str, JSON]:
     return dict(sorted(known.items(), key=lambda one: -one[1]["mean"]))
 
 
+def limits(frame: Frame, summary: JSON) -> dict[str, str]:
+    """What limited the sequences that each server held at the last level, where there was a budget for the KV cache.
+
+    It is the `load` where all requests in flight were held, `memory` where the cache was full, else `other`: the server
+    stopped at fewer by itself. That of a server without samples is not known.
+    """
+    if not summary["kv_budget"] or not summary["levels"]:
+        return {}
+    last = summary["levels"][-1]
+    known = {target: kv for target, figures in last["targets"].items() if (kv := figures["memory"].get("kv"))}
+    return {target: _limit(kv, last["level"] if frame.closed else math.inf) for target, kv in known.items()}
+
+
+def _limit(cache: JSON, offered: float) -> str:
+    if cache["running"]["max"] >= offered:
+        return "load"
+    return "memory" if cache["allocated"]["max"] >= FULL * cache["capacity"]["max"] else "other"
+
+
 def _held(frame: Frame, levels: Sequence[JSON]) -> Chart | None:
     """A bar to the mean of the sequences that each server held at once, and a stroke at the maximum."""
     found = held(levels)
     if len(found) < 2:
         return None
     rows = [
-        {
-            "target": frame.name(target),
-            "mean": one["mean"],
-            "max": one["max"],
-            "label": f"{one['mean']:,.1f} / {one['max']:,.0f}",
-        }
+        {"target": frame.name(target), "value": one["mean"], "most": one["max"]}
+        | {"label": f"{one['mean']:,.1f} / {one['max']:,.0f}"}
         for target, one in found.items()
     ]
-    order = [row["target"] for row in rows]
-    axis = alt.Axis(domain=False, ticks=False, labelLimit=170, minExtent=room_for(order))
-    base = table(rows).encode(y=alt.Y("target:N", sort=order, title=None, axis=axis))
-    color = frame.by_target()["color"].copy()
-    color.legend = None
-    # To the right of the longest there is room for its label.
-    ends = alt.Scale(domain=[0, 1.35 * max(row["max"] for row in rows)], nice=False)
-    x = alt.X("mean:Q", title=None, axis=alt.Axis(tickCount=5), scale=ends)
-    bars = base.mark_bar(height={"band": 0.7}).encode(x=x, color=color)
-    most = base.mark_tick(thickness=2, color=INK, height={"band": 0.7}).encode(x="max:Q")
-    labels = base.mark_text(align="left", dx=5, color=INK, fontSize=11).encode(x="max:Q", text="label:N")
-    title = frame.words("axis.held", level=frame.level(levels[-1]["level"]))
-    fit = alt.AutoSizeParams(type="fit", contains="padding")
-    height = 60 + 26 * len(order)
-    return alt.layer(bars, most, labels).properties(width=WIDTH, height=height, autosize=fit, title=heading(title))
+    return bars(frame, rows, frame.words("axis.held", level=frame.level(levels[-1]["level"])))

@@ -1,10 +1,12 @@
 """The charts of speed: throughput, latencies and their distributions, goodput, saturation and the ladder."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import altair as alt
 
 from experiment.analysis.results import JSON
+from experiment.report.bars import bars
+from experiment.report.caches import limits
 from experiment.report.look import (
     HEIGHT,
     INK,
@@ -52,6 +54,23 @@ def draw(frame: Frame, summary: JSON, quantiles: Sequence[JSON], attainment: flo
     return {name: svg(chart, f"{frame.words.language}-{name}") for name, chart in found.items() if chart is not None}
 
 
+def lead(frame: Frame, summary: JSON, drawn: Collection[str]) -> list[str]:
+    """The three charts that carry the verdict, by what was asked: a search, a schedule, a budget or a ladder."""
+    limited = [limit for limit in limits(frame, summary).values() if limit == "memory"]
+    if summary.get("saturation"):
+        own = ["saturation", "tradeoff", "goodput"]
+    elif not frame.closed:
+        own = ["normalized", "response", "throughput"]
+    elif len(limited) > 1:
+        own = ["held", "waste", "throughput"]
+    elif summary.get("ladder"):
+        own = ["ladder", "throughput", "kv"]
+    else:
+        own = []
+    order = dict.fromkeys([*own, "throughput", "latency", "kv"])
+    return [name for name in order if name in drawn][:3]
+
+
 def shown(frame: Frame) -> tuple[str, str, str]:
     """The latencies that have charts: for a whole answer, the one from when it was due where there is a schedule."""
     return "ttft", "tpot", "e2e" if frame.closed else "response"
@@ -82,6 +101,10 @@ def _throughput(frame: Frame, levels: Sequence[JSON]) -> Chart | None:
     ]
     if not rows:
         return None
+    if len(levels) == 1:
+        means = [(row, figures["output_throughput_mean"]) for row, figures in _figures(frame, levels)]
+        known = [row | {"value": mean, "label": f"{mean:,.0f}"} for row, mean in means if mean is not None]
+        return bars(frame, known, frame.words("axis.throughput"), rows)
     base, y = _by_level(frame, rows), alt.Axis(tickCount=5, format=",~f")
     line = base.mark_line().encode(y=alt.Y("mean(value):Q", title=None, axis=y))
     points = base.mark_point(filled=True, size=45, opacity=1).encode(y="value:Q")
@@ -110,7 +133,18 @@ def _lines(frame: Frame, rows: Sequence[JSON], *, titled: bool = True) -> tuple[
 
 def _latency(frame: Frame, levels: Sequence[JSON], name: str) -> Chart | None:
     rows, unit = _percentiles(frame, levels, LATENCIES[name])
+    if rows and len(levels) == 1:
+        return _percentile_bars(frame, rows, name, unit)
     return _fit(frame.words("axis.log", what=frame.words(name), unit=unit), *_lines(frame, rows)) if rows else None
+
+
+def _percentile_bars(frame: Frame, rows: Sequence[JSON], name: str, unit: str) -> Chart:
+    """The median as a bar, the 99th percentile as a stroke."""
+    ends = [
+        row | {"value": row["p50"], "most": row["p99"], "label": f"{row['p50']:,.1f} / {row['p99']:,.1f}"}
+        for row in rows
+    ]
+    return bars(frame, ends, frame.words("axis.plain", what=frame.words(name), unit=unit))
 
 
 def _latency_pair(frame: Frame, levels: Sequence[JSON]) -> Chart | None:
@@ -118,9 +152,15 @@ def _latency_pair(frame: Frame, levels: Sequence[JSON]) -> Chart | None:
     panels = []
     for name in ("ttft", "tpot"):
         rows, unit = _percentiles(frame, levels, LATENCIES[name])
-        if rows:
+        if rows and len(levels) == 1:
+            panels.append(_percentile_bars(frame, rows, name, unit))
+            panels[-1].autosize = alt.Undefined
+            panels[-1].width = WIDTH - room_for([row["target"] for row in rows]) - 24
+        elif rows:
             title = heading(frame.words("axis.log", what=frame.words(name), unit=unit))
             panels.append(alt.layer(*_lines(frame, rows)).properties(width=PANEL, height=75, title=title))
+    if len(levels) == 1:
+        return alt.vconcat(*panels, spacing=8) if panels else None
     return _stack(panels) if panels else None
 
 
@@ -203,6 +243,9 @@ def _normalized(frame: Frame, levels: Sequence[JSON]) -> Chart | None:
         return None
     scale, unit = in_unit(frame.words, [value for _, value in known])
     rows = [row | {"value": value * scale} for row, value in known]
+    if len(levels) == 1:
+        own = [row | {"label": f"{row['value']:,.1f}"} for row in rows]
+        return bars(frame, own, frame.words("axis.normalized_plain", unit=unit))
     y = log_axis("value:Q", [row["value"] for row in rows])
     line = _by_level(frame, rows).mark_line(point={"filled": True, "size": 45}).encode(y=y)
     return _fit(frame.words("axis.normalized", unit=unit), line)
@@ -216,6 +259,9 @@ def _goodput(frame: Frame, levels: Sequence[JSON]) -> Chart | None:
     ]
     if not rows:
         return None
+    if len(levels) == 1:
+        own = [row | {"label": f"{row['value']:,.2f}"} for row in rows]
+        return bars(frame, own, frame.words("axis.goodput"))
     y = alt.Y("value:Q", title=None, axis=alt.Axis(tickCount=5), scale=alt.Scale(zero=True))
     parts = [_by_level(frame, rows).mark_line(point={"filled": True, "size": 45}).encode(y=y)]
     if not frame.closed:

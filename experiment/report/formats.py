@@ -4,12 +4,20 @@ from collections.abc import Callable
 from typing import Any
 
 from experiment.report.layers import amount
-from experiment.words import Words
+from experiment.words import Words, name_of
 
 
 def filters() -> dict[str, Callable[..., str]]:
     """The filters by the name that the page uses."""
-    return {"ms": ms, "number": number, "gib": gib, "amount": _amount, "share": share, "percent": percent}
+    return {
+        "ms": ms,
+        "number": number,
+        "gib": gib,
+        "amount": _amount,
+        "share": share,
+        "percent": percent,
+        "name_of": name_of,
+    }
 
 
 def ms(seconds: float | None) -> str:

@@ -12,12 +12,12 @@ from experiment.analysis.live import Cache, Moments
 from experiment.analysis.memory import GAP_NS, MAX_POINTS, Layer, Memory, Window, inside, runs, thin
 from experiment.analysis.requests import Flags, Floats
 from experiment.analysis.results import JSON
-from experiment.report.look import COLORS, INK, Frame, columns, heading, legend_on_top, room_for, svg, table
+from experiment.report.look import INK, Frame, columns, heading, legend_on_top, room_for, svg, table
 from experiment.run.kv import REASONS
 from experiment.words import Words
 
 # What is drawn of the device and the allocator.
-LINES = {"allocated": COLORS[4], "reserved": "#8c959f", "used": COLORS[5], "reserved by the driver": "#8c959f"}
+LINES = {"allocated": "#e69f00", "reserved": "#8c959f", "used": "#56b4e9", "reserved by the driver": "#8c959f"}
 # What a KV cache is used for, from the bottom of its panel to the top.
 PARTS = {
     "live": "#009e73",

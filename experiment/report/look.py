@@ -5,13 +5,14 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import altair as alt
 import vl_convert
 
 from experiment.analysis.results import JSON
-from experiment.words import NAMES, Words, name_of
+from experiment.words import Words, name_of
 
 Chart = alt.LayerChart | alt.FacetChart | alt.VConcatChart
 
@@ -19,8 +20,13 @@ Chart = alt.LayerChart | alt.FacetChart | alt.VConcatChart
 WIDTH, HEIGHT = 356, 240
 # What a page lightens where it is dark: style.css knows these colours.
 INK, GRID, PAPER = "#59636e", "#d8dee4", "#ffffff"
-# Okabe and Ito's colours, which the colour-blind tell apart too; shapes tell targets apart in grey.
-COLORS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#6e7781")
+# Okabe and Ito's colours and two more, which the colour-blind tell apart too, without those of the parts of a KV cache;
+# shapes tell targets apart in grey.
+COLORS = ("#d55e00", "#0072b2", "#56b4e9", "#8c510a", "#24292f", "#7f7f00", "#cc79a7")
+# The places of our own servers among the colours, and the order in which other ones take what is left.
+OWN = {"hf": 0, "vllm": 1, "sequential": 0, "batch": 2, "batch-static": 3, "continuous": 4}
+SPARE = (5, 6, 2, 3, 4, 0, 1)
+NO_TARGET = "#6e7781"
 SHAPES = ("circle", "square", "triangle-up", "diamond", "cross")
 CONFIG: JSON = {
     "background": "transparent",
@@ -50,16 +56,12 @@ class Frame:
         return name_of(target)
 
     def slot(self, target: str) -> int:
-        """The place of a target's colour: hf and vllm have the same in every report, the others by their order."""
-        known = list(NAMES)
-        if target in known:
-            return known.index(target)
-        others = [name for name in self.targets if name not in known]
-        return len(known) + others.index(target) if target in others else len(COLORS) - 1
+        """The place of a target's colour: our own servers have the same in every report, the others by their order."""
+        return _slots(tuple(self.targets))[target]
 
     def color(self, target: str) -> str:
-        """The colour of a target."""
-        return COLORS[self.slot(target) % len(COLORS)]
+        """The colour of a target, and of what is of none."""
+        return COLORS[self.slot(target)] if target in self.targets else NO_TARGET
 
     def level(self, level: float) -> str:
         """A level in words: requests in flight, or requests a second."""
@@ -85,6 +87,16 @@ class Frame:
             scale = alt.Scale(type="log", base=2, padding=12)
             return alt.X("level:Q", title=title, scale=scale, axis=axis)
         return alt.X("level:Q", title=title, scale=alt.Scale(zero=True, padding=6), axis=axis)
+
+
+@cache
+def _slots(targets: tuple[str, ...]) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for target in sorted(targets, key=lambda name: name not in OWN):
+        free = [slot for slot in SPARE if slot not in found.values()] or [SPARE[len(found) % len(SPARE)]]
+        own = OWN.get(target, free[0])
+        found[target] = own if own not in found.values() else free[0]
+    return found
 
 
 def table(rows: Sequence[JSON]) -> alt.Chart:

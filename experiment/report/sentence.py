@@ -1,33 +1,134 @@
-"""The verdict of a report in one sentence, in the language of the reader, from the figures of the summary alone."""
+"""The verdict of a report in one sentence, and what more there is to say, from the figures of the summary alone."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
+from experiment.analysis import stats
 from experiment.analysis.results import JSON
-from experiment.report.caches import held
+from experiment.report.caches import held, limits
 from experiment.report.layers import amount
 from experiment.report.look import Frame
 
 
+@dataclass(frozen=True)
+class Compared:
+    """What a verdict is of: a level, a metric, and the ratio to the baseline of each target that has one to tell."""
+
+    level: float
+    metric: str
+    ratios: Mapping[str, JSON]
+
+    @property
+    def first(self) -> str:
+        """The target that gains most."""
+        return max(self.ratios, key=lambda target: self.ratios[target]["value"])
+
+
 def verdict(frame: Frame, summary: JSON) -> str:
-    """What a run found: where each target saturates, else how each compares with the baseline, else the one alone."""
-    words = frame.words
-    found = _saturation(frame, summary) or _comparison(frame, summary) or _alone(frame, summary)
-    parts = [words("verdict.partial")] if summary["state"] != "complete" else []
-    parts += [told] if (told := _held(frame, summary)) else []
-    parts.append(found or words("verdict.none"))
+    """What a run found: how the target that gains most compares, else where each saturates, else the one alone."""
+    words, compared = frame.words, _compared(frame, summary)
+    found = _comparison(frame, summary, compared) if compared else _saturation(frame, summary)
+    found = found or _alone(frame, summary) or words("verdict.none")
     if not summary["valid"]:
-        parts.append(words("verdict.invalid"))
-    return words("join.sentences").join(parts)
+        return words("verdict.invalid", told=found)
+    if summary["state"] != "complete":
+        return words("verdict.partial", told=found)
+    return found[0].upper() + found[1:]
 
 
-def _held(frame: Frame, summary: JSON) -> str | None:
-    """How many sequences each server held at once, where all had the same bytes of KV cache; else None."""
-    words, counts = frame.words, held(summary["levels"]) if summary["kv_budget"] else {}
-    if len(counts) < 2:
-        return None
+def details(frame: Frame, summary: JSON) -> list[str]:
+    """What else there is to say, a sentence each: the other targets, what has no verdict, the search, the memory."""
+    compared = _compared(frame, summary)
+    told = [] if compared is None else [_others(frame, summary, compared)]
+    told += _queues(frame, summary)
+    told += [_saturation(frame, summary) if compared else None, *_held(frame, summary)]
+    return [one[0].upper() + one[1:] for one in told if one]
+
+
+def _compared(frame: Frame, summary: JSON) -> Compared | None:
+    """The highest level at which a metric has a verdict, or could have one where the run as a whole is not valid.
+
+    In an open loop the time of a response comes first: while no queue grows, all servers make the tokens that are
+    asked of them.
+    """
+    metrics = ("output_throughput",) if frame.closed else ("response_seconds", "e2e_seconds", "output_throughput")
+    for metric in metrics:
+        for level in reversed(summary["levels"]):
+            known = {target: found[metric] for target, found in level["ratios"].items() if found.get(metric)}
+            ratios = {target: ratio for target, ratio in known.items() if _judged(summary, level, target, metric)}
+            if ratios:
+                return Compared(level["level"], metric, ratios)
+    return None
+
+
+def _judged(summary: JSON, level: JSON, target: str, metric: str) -> bool:
+    """Whether no queue grew that a latency would have to wait in; a run that is not valid has no verdict to ask."""
+    if summary["valid"]:
+        return bool(level["ratios"][target][metric]["verdict"] != "invalid")
+    pair = (level["targets"].get(name, {}) for name in (summary["baseline"], target))
+    return metric == "output_throughput" or not any(figures.get("unstable") for figures in pair)
+
+
+def _comparison(frame: Frame, summary: JSON, compared: Compared) -> str:
+    """How the target that gains most compares with the baseline."""
+    words, ratio = frame.words, compared.ratios[compared.first]
+    interval = ""
+    if ratio["low"] is not None:
+        interval = words("verdict.interval", low=ratio["low"], high=ratio["high"])
+    values = {name: ratio.get(name) for name in ("value", "first", "second")}
+    names = {"target": frame.name(compared.first), "baseline": frame.name(summary["baseline"])}
+    kind = "speed" if compared.metric == "output_throughput" else "time"
+    clause = words(f"verdict.{kind}", **names, **values, interval=interval)
+    if not interval:
+        clause += words("verdict.one_repeat")
+    elif stats.verdict(ratio["low"], ratio["high"]) == "no detectable difference":
+        clause += words("verdict.no_difference")
+    return words("verdict.level", where=_where(frame, summary, compared.level), clauses=clause)
+
+
+def _others(frame: Frame, summary: JSON, compared: Compared) -> str | None:
+    """How the other targets compare with the baseline, by the same metric at the same level."""
+    words = frame.words
+    others = sorted(compared.ratios.keys() - {compared.first}, key=lambda target: -compared.ratios[target]["value"])
+    told = [words("verdict.short", target=frame.name(one), told=_short(frame, compared.ratios[one])) for one in others]
+    key = "verdict.others_speed" if compared.metric == "output_throughput" else "verdict.others_time"
+    names = {"where": _where(frame, summary, compared.level), "baseline": frame.name(summary["baseline"])}
+    return words(key, **names, told=words("join.clauses").join(told)) if told else None
+
+
+def _short(frame: Frame, ratio: JSON) -> str:
+    words, value = frame.words, frame.words("ratio", value=ratio["value"])
+    if ratio["low"] is None:
+        return words("verdict.of", value=value, what=words("one_repeat"))
+    interval = words("interval", low=ratio["low"], high=ratio["high"])
+    same = "no detectable difference"
+    what = words(f"is.{same if stats.verdict(ratio['low'], ratio['high']) == same else ratio['verdict']}")
+    return words("verdict.of", value=value, what=words("join.list").join([interval, what]))
+
+
+def _queues(frame: Frame, summary: JSON) -> Iterator[str]:
+    """The levels at which latencies have no verdict, and of which targets."""
+    if frame.closed:
+        return
+    for level in summary["levels"]:
+        metric = "response_seconds"
+        compared = [target for target, found in level["ratios"].items() if found.get(metric)]
+        grew = [frame.name(target) for target in compared if not _judged(summary, level, target, metric)]
+        if grew:
+            names = frame.words("join.list").join(grew)
+            yield frame.words("verdict.queue", where=_where(frame, summary, level["level"]), targets=names)
+
+
+def _held(frame: Frame, summary: JSON) -> Iterator[str]:
+    """How many sequences each server held at once in the same bytes, where these were what limited it."""
+    words = frame.words
+    limited = [target for target, limit in limits(frame, summary).items() if limit == "memory"]
+    if len(limited) < 2:
+        return
+    counts = {target: one for target, one in held(summary["levels"]).items() if target in limited}
     told = [words("verdict.count", target=frame.name(target), count=one["mean"]) for target, one in counts.items()]
     room = amount(words, summary["kv_budget"], "bytes")
-    return words("verdict.held", room=room, counts=words("join.list").join(told))
+    yield words("verdict.held", room=room, counts=words("join.list").join(told))
 
 
 def _saturation(frame: Frame, summary: JSON) -> str | None:
@@ -38,18 +139,6 @@ def _saturation(frame: Frame, summary: JSON) -> str | None:
         for target, found in searched.items()
     ]
     return words("verdict.saturation", rates=words("join.clauses").join(rates)) if rates else None
-
-
-def _comparison(frame: Frame, summary: JSON) -> str | None:
-    """How each target compares with the baseline at the last level at which any does; None without a comparison."""
-    metrics = ("output_throughput",) if frame.closed else ("response_seconds", "e2e_seconds", "output_throughput")
-    for level in reversed(summary["levels"]):
-        for metric in metrics:
-            ratios = {target: found[metric] for target, found in level["ratios"].items() if found.get(metric)}
-            if ratios:
-                clauses = _clauses(frame, summary["baseline"], ratios, metric)
-                return frame.words("verdict.level", where=_where(frame, summary, level["level"]), clauses=clauses)
-    return None
 
 
 def _where(frame: Frame, summary: JSON, level: float) -> str:
@@ -72,26 +161,3 @@ def _alone(frame: Frame, summary: JSON) -> str | None:
         told.append(words("verdict.attained", share=figures["attainment"]))
     where = _where(frame, summary, levels[-1]["level"])
     return words("verdict.level", where=where, clauses=words("join.clauses").join(told))
-
-
-def _clauses(frame: Frame, baseline: str, ratios: Mapping[str, JSON], metric: str) -> str:
-    """The target that gains most with its interval, and after it the gains of the others."""
-    words = frame.words
-    first, *others = sorted(ratios, key=lambda target: ratios[target]["value"], reverse=True)
-    told = [_clause(frame, baseline, first, ratios[first], "speed" if metric == "output_throughput" else "time")]
-    if others:
-        short = [words("verdict.short", target=frame.name(one), value=ratios[one]["value"]) for one in others]
-        told.append(words("join.list").join(short))
-    return words("join.clauses").join(told)
-
-
-def _clause(frame: Frame, baseline: str, target: str, ratio: JSON, kind: str) -> str:
-    words, interval = frame.words, ""
-    if ratio["low"] is not None:
-        interval = words("verdict.interval", low=ratio["low"], high=ratio["high"])
-    values = {name: ratio.get(name) for name in ("value", "first", "second")}
-    names = {"target": frame.name(target), "baseline": frame.name(baseline)}
-    clause = words(f"verdict.{kind}", **names, **values, interval=interval)
-    if not interval:
-        return clause + words("verdict.one_repeat")
-    return clause + (words("verdict.no_difference") if ratio["verdict"] == "no detectable difference" else "")

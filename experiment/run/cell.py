@@ -15,7 +15,7 @@ from experiment.analysis import requests, stats
 from experiment.analysis.requests import Requests
 from experiment.environment import boot_id
 from experiment.plan.plan import Cell, Plan, Target
-from experiment.run.idle import settle
+from experiment.run.idle import prefix_tokens, settle, since
 from experiment.run.stack import Program, RunError, Stack, end, spawn
 from loadtest import records
 
@@ -35,12 +35,13 @@ class Bench:
 
 @dataclass(frozen=True)
 class Work:
-    """A load generator at work on a cell, and what cell.json says of it."""
+    """A load generator at work on a cell, what cell.json says of it, and the server's `prefix_tokens` before it."""
 
     cell: Cell
     folder: Path
     program: Program
     state: dict[str, Any]
+    prefix_tokens: dict[str, int] | None = None
 
     @property
     def records(self) -> Path:
@@ -61,7 +62,8 @@ def run_cells(bench: Bench, cells: Sequence[Cell], folder: Path, report: Callabl
             works.append(_begin(bench, cell, folder / cell.name, between))  # noqa: PERF401
         stopped_early = _watch(bench, works, report)
         for work in works:
-            work.state.update(complete=True, stopped_early=stopped_early)
+            told = since(work.prefix_tokens, prefix_tokens(bench.stack[work.cell.target]))
+            work.state.update(complete=True, stopped_early=stopped_early, prefix_tokens=told)
     finally:
         for work in works:
             if work.program.process.poll() is None:
@@ -78,8 +80,10 @@ def _begin(bench: Bench, cell: Cell, folder: Path, between: Mapping[str, object]
     state |= {**between, "start_ns": time.monotonic_ns(), "end_ns": None, "complete": False, "stopped_early": False}
     write_json(folder / "cell.json", state)
     target = next(target for target in bench.plan.targets if target.name == cell.target)
+    before = prefix_tokens(bench.stack[cell.target])
     process = spawn(_command(bench, cell, target, folder), folder / "locust.log", settings_unset())
-    return Work(cell, folder, Program("the load generator", process, folder / "locust.log", ""), state)
+    program = Program("the load generator", process, folder / "locust.log", "")
+    return Work(cell, folder, program, state, before)
 
 
 def settings_unset() -> dict[str, None]:

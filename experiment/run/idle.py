@@ -1,7 +1,9 @@
 """What happens between cells: a rest, servers that have nothing to do any more, and no prefix left in a cache."""
 
+import re
 import time
 import urllib.request
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -11,6 +13,8 @@ from experiment.run.stack import Program, Remote, RunError, Stack, get
 
 IDLE_SECONDS = 60
 TIMEOUT_SECONDS = 10
+# Tokens of prompts that vLLM looked for in its prefix cache, and found there.
+_PREFIX_TOKENS = re.compile(r"^vllm:prefix_cache_(queries|hits)_total(?:\{.*\})? (\S+)$", re.MULTILINE)
 
 
 def settle(plan: Plan, stack: Stack) -> dict[str, Any]:
@@ -66,3 +70,20 @@ def _prefix_cache(program: Program | Remote, row: kv.Row | None) -> str:
     with suppress(OSError), urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS):  # noqa: S310
         return "reset"
     return "on"
+
+
+def prefix_tokens(server: Program | Remote) -> dict[str, int] | None:
+    """Prompt tokens that a server has looked for in its prefix cache since its start (`queries`) and found (`hits`).
+
+    They are summed over its engines; None where it does not say.
+    """
+    body = get(server.url + "/metrics", TIMEOUT_SECONDS) or b""
+    found: dict[str, int] = {}
+    for name, value in _PREFIX_TOKENS.findall(body.decode(errors="replace")):
+        found[name] = found.get(name, 0) + int(float(value))
+    return found if len(found) == 2 else None
+
+
+def since(before: Mapping[str, int] | None, now: Mapping[str, int] | None) -> dict[str, int] | None:
+    """How far counters have come; None where one of the counts is not known."""
+    return {name: now[name] - before[name] for name in now} if before and now else None

@@ -44,4 +44,7 @@ def search_end(words: Words, found: JSON) -> str:
         told.append(words("search.early", precision=found["precision"]))
     if found["above"]:
         told.append(words("search.above", rate=found["above"]))
+    if found["unsure"]:
+        rates = words("join.list").join(f"{rate:.3g}" for rate in found["unsure"])
+        told.append(words("search.unsure", rates=rates, wanted=found["wanted"]))
     return words("join.clauses").join(told)

@@ -79,6 +79,37 @@ def test_no_width_of_a_screen_scrolls_sideways(visit: Any, width: int, locale: s
         assert box["x"] + box["width"] <= width
 
 
+@pytest.fixture(scope="module")
+def five(tmp_path_factory: pytest.TempPathFactory) -> str:
+    names = ("sequential", "batch", "batch-static", "continuous")
+    targets = [{"name": name, "kind": "hf"} for name in names] + [{"name": "vllm", "kind": "vllm"}]
+    plan = make_plan(targets=targets, levels=[1, 16], repeats=2)
+    folder = make_folder(tmp_path_factory.mktemp("five"), plan, speed=lambda cell: 0.01 + 0.007 * cell.index)
+    report.write(folder)
+    return (folder / "report.html").as_uri()
+
+
+@pytest.mark.parametrize("locale", ["en-GB", "zh-CN"])
+def test_the_tables_of_five_servers_fit_on_a_screen_and_lie_apart_on_paper(
+    browser: Browser, five: str, locale: str
+) -> None:
+    context = browser.new_context(offline=True, viewport={"width": 1280, "height": 800}, locale=locale)
+    page = context.new_page()
+    page.goto(five)
+    boxes = page.locator("main:visible .levels > div")
+    assert boxes.count() == 2
+    assert boxes.evaluate_all("all => all.map((one) => one.scrollWidth - one.clientWidth)") == [0, 0]
+    page.set_viewport_size({"width": 760, "height": 800})
+    page.emulate_media(media="print")
+    tables = page.locator("main:visible .levels table").evaluate_all(
+        "all => all.map((one) => one.getBoundingClientRect()).map((box) => [box.left, box.right, box.top, box.bottom])"
+    )
+    (_, _, _, end), (_, _, start, _) = tables
+    assert end <= start
+    assert all(left >= 0 and right <= 760 for left, right, _, _ in tables)
+    context.close()
+
+
 def test_all_cells_are_printed(visit: Any, tmp_path: Path) -> None:
     page = visit()
     assert page.locator("main[lang=en] details[open]").count() == 0

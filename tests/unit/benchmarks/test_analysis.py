@@ -39,3 +39,14 @@ def test_the_time_and_the_memory_of_a_report_are_those_of_its_own_process(tmp_pa
 def test_a_report_that_fails_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=r"headroom report .*: exit code 2"):
         analysis.measure(tmp_path, 1, 1, 1)
+
+
+@pytest.mark.parametrize(("limit", "told"), [("--max-seconds=0.01", "at most 0.01"), ("--max-gb=0.01", "at most 0.01")])
+def test_a_report_that_takes_more_than_it_may_ends_with_1(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], limit: str, told: str
+) -> None:
+    small = ["--requests=80", "--chunks=5", "--levels=2", "--repeats=2"]
+    monkeypatch.setattr("os.sched_setaffinity", lambda *_: None)
+    monkeypatch.setattr("sys.argv", ["benchmarks.analysis", *small, limit])
+    assert analysis.main() == 1
+    assert f"{told} ({limit.partition('=')[0]})" in capsys.readouterr().err

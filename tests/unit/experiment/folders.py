@@ -58,7 +58,14 @@ def user_of(plan: Plan, target: str) -> str:
 
 def make_record(**changes: Any) -> Record:
     fields: dict[str, Any] = {"index": 0, "target": "hf", "phase": "measured", "max_tokens": 4}
-    fields |= {"sent_ns": 0, "end_ns": SECOND, "status": 200, "prompt_tokens": 7, "output_tokens": 4}
+    fields |= {
+        "sent_ns": 0,
+        "end_ns": SECOND,
+        "status": 200,
+        "prompt_tokens": 7,
+        "output_tokens": 4,
+        "token_source": "usage",
+    }
     return Record(**fields | changes)
 
 
@@ -158,7 +165,7 @@ def make_folder(
         records = cell_records(plan, cell, speed(cell))
         write_records(own / "records.arrow", records)
         times = {"start_ns": records[0].sent_ns, "end_ns": records[-1].end_ns, "complete": True}
-        planned = {"planned_requests": plan.total(cell.level), "boot_id": "a"}
+        planned = {"planned_requests": plan.total(cell.level), "boot_id": "a", "prefix_cache": {cell.target: "off"}}
         (own / "cell.json").write_text(json.dumps(asdict(cell) | planned | times))
         (own / "client.json").write_text(json.dumps(CLIENT))
     reason = None if state == "complete" else "it was stopped"

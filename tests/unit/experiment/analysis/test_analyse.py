@@ -66,6 +66,7 @@ def test_every_target_is_compared_with_the_first_one_and_the_ladder_with_its_nei
     cells = [(name, 1.0, repeat, False, requests(wait)) for repeat in (1, 2) for name, wait in waits.items()]
     found = summary(make(tmp_path, cells, targets=LADDER, repeats=2))
     assert (found["baseline"], found["targets"]) == ("one", list(waits))
+    assert found["comparisons"] == 3 * len(found["levels"][0]["ratios"]["vllm"])
     assert found["valid"] is True
     (level,) = found["levels"]
     ratios = {name: ratio["ttft_seconds"]["value"] for name, ratio in level["ratios"].items()}
@@ -83,6 +84,20 @@ def test_every_target_is_compared_with_the_first_one_and_the_ladder_with_its_nei
     assert [step["ratio"]["value"] for step in found["ladder"]] == pytest.approx(
         [after / before for before, after in pairwise(throughput)]
     )
+
+
+@pytest.mark.parametrize("missing", ["one", "paged"])
+def test_a_ladder_with_a_missing_cell_is_that_of_the_repeats_that_all_rungs_ran(tmp_path: Path, missing: str) -> None:
+    waits = {"one": (0.8, 0.7), "batch": (0.4, 0.9), "paged": (0.2, 0.3), "vllm": (0.1, 0.5)}
+    cells = [(name, 1.0, repeat, False, requests(wait[repeat - 1], growth=0.05 * repeat))
+             for repeat in (1, 2) for name, wait in waits.items() if (name, repeat) != (missing, 2)]  # fmt: skip
+    found = summary(make(tmp_path, cells, targets=LADDER, repeats=2))
+    assert [len(step["ratio"]["repeats"]) for step in found["ladder"]] == [1, 1, 1]
+    product, whole = found["ladder_product"], found["levels"][0]["ratios"]["vllm"]["output_throughput"]
+    assert product["value"] == pytest.approx(whole["repeats"][0])
+    assert (product["low"], product["verdict"]) == (None, "invalid")
+    # The headline tells all repeats of the two that it compares, which without the baseline is the same one.
+    assert (product["value"] == pytest.approx(whole["value"])) is (missing == "one")
 
 
 def test_figures_of_an_open_loop_count_from_the_schedule_and_are_held_against_the_limits(tmp_path: Path) -> None:
@@ -118,6 +133,9 @@ def test_a_search_is_told_what_its_cells_came_to_and_they_belong_to_no_level(tmp
     assert vllm["rate"] == 2.83
     assert (vllm["missed"], vllm["above"], vllm["exact"]) == (2.85, None, True)
     assert [cell["met"] for cell in vllm["cells"]] == [True, False, True, False, False]
+    # So few requests that all met the limits do not show that 99 % do.
+    assert vllm["unsure"] == [2.83]
+    assert all(cell["attainment_low"] <= cell["attainment"] <= cell["attainment_high"] for cell in vllm["cells"])
     assert [level["level"] for level in found["levels"]] == [1.0]
     assert (found["valid"], len(found["cells"])) == (True, 7)
 
@@ -132,7 +150,7 @@ def drifting(folder: Path, arrival: str) -> JSON:
 
 def test_a_closed_loop_that_drifts_makes_the_run_invalid(tmp_path: Path) -> None:
     found = drifting(tmp_path, "closed")
-    (gate,) = [gate for gate in found["gates"] if not gate["passed"]]
+    (gate,) = [gate for gate in found["gates"] if gate["passed"] is False]
     assert gate["id"] == "no-drift"
     (rose,) = gate["found"]
     assert (rose["id"], rose["cell"], rose["metric"]) == ("rose", 1, "ttft_seconds")
@@ -156,6 +174,7 @@ def test_a_queue_that_grows_in_an_open_loop_takes_the_verdicts_on_latency_alone(
 def test_gates_have_names_of_their_own(tmp_path: Path) -> None:
     found = summary(make(tmp_path, [("one", 1.0, 1, False, requests(0.1))]))
     names = [gate["id"] for gate in found["gates"]]
-    assert names == ["cells", "answered", "same-work", "no-drift", "client-complete", "client-fast"]
-    assert found["gates"][3]["found"] == [{"id": "no_trend", "judged": 1, "cells": 1}]
+    first = ["cells", "answered", "tokens-counted", "same-work", "no-borrowed-cache", "no-drift"]
+    assert names == [*first, "client-complete", "client-fast"]
+    assert found["gates"][5]["found"] == [{"id": "no_trend", "judged": 1, "cells": 1}]
     assert found["gates"][0]["found"] == [{"id": "missing", "target": "vllm", "level": 1.0, "repeat": 1}]

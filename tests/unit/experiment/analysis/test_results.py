@@ -49,7 +49,7 @@ def verdicts(summary: JSON) -> set[str]:
 
 
 def failed_gates(summary: JSON) -> list[str]:
-    english, failed = Words("en"), [gate for gate in summary["gates"] if not gate["passed"]]
+    english, failed = Words("en"), [gate for gate in summary["gates"] if gate["passed"] is False]
     return [f"{findings.rule(english, gate)}: {findings.found(english, gate, 'closed')}" for gate in failed]
 
 
@@ -130,7 +130,7 @@ def test_the_headline_is_of_the_highest_level_that_both_ran(tmp_path: Path) -> N
     folder = make_folder(tmp_path, plan, state="partial")
     shutil.rmtree(folder / "cells" / "04-vllm-c8-r1")
     summary = summary_of(folder)
-    assert "At concurrency 2 " in headline(summary)
+    assert "at concurrency 2 " in headline(summary)
     lonely = next(level for level in summary["levels"] if level["level"] == 8)
     assert list(lonely["targets"]) == ["hf"]
     assert not lonely["ratios"]
@@ -187,7 +187,7 @@ def test_a_run_in_which_nothing_was_measured_compares_nothing(tmp_path: Path) ->
     folder = make_folder(tmp_path, state="partial")
     shutil.rmtree(folder / "cells")
     summary = summary_of(folder)
-    assert headline(summary).startswith("Partial run. No comparison")
+    assert headline(summary).startswith("Not valid: no comparison")
     assert (summary["levels"], summary["cells"], summary["valid"]) == ([], [], False)
 
 
@@ -265,6 +265,19 @@ def lose_worker(folder: Path) -> None:
     path.write_text(json.dumps({"complete": True, **summarize([], lost=[2], calibrated=None)}))
 
 
+def keep_cache(folder: Path) -> None:
+    path = folder / "cells" / FIRST / "cell.json"
+    change_json(path, prefix_cache={"hf": "on"}, prefix_tokens={"queries": 100, "hits": 16})
+
+
+def keep_cache_in_silence(folder: Path) -> None:
+    change_json(folder / "cells" / FIRST / "cell.json", prefix_cache={"hf": "on"}, prefix_tokens=None)
+
+
+def count_no_tokens(folder: Path) -> None:
+    change_records(folder, FIRST, lambda records: [changed(r, token_source="unknown") for r in records])  # noqa: S106
+
+
 def stop_client(folder: Path) -> None:
     change_json(folder / "cells" / FIRST / "client.json", complete=False)
 
@@ -296,6 +309,9 @@ def stop_client(folder: Path) -> None:
         (send_late, "cell 1: send_lateness_p99_seconds: 0.5: at most 0.01"),
         (outrun_calibration, "cell 1: chunks_per_second_max: 2000: at most 1000"),
         (lose_worker, "cell 1: lost_workers: 2: what they had not ended has no record"),
+        (keep_cache, "prompts of another cell in a prefix cache: HF: its prefix cache was on and could not be emptied"),
+        (keep_cache_in_silence, "could not be emptied before cell 1, and held tokens of their prompts or does not say"),
+        (count_no_tokens, "counted their output tokens: of 7 answers nobody knows how many tokens they have"),
         (stop_client, "sent all requests and waited for every answer: not in cell 1"),
     ],
 )
@@ -305,7 +321,48 @@ def test_one_fault_makes_every_verdict_invalid_and_says_which_rule_failed(folder
     assert any(rule in gate for gate in failed_gates(summary)), failed_gates(summary)
     assert summary["valid"] is False
     assert verdicts(summary) == {"invalid"}
-    assert "not valid" in headline(summary)
+    assert headline(summary).startswith("Not valid: ")
+
+
+@pytest.mark.parametrize(
+    ("state", "tokens", "passed", "told"),
+    [
+        ("off", {"queries": 0, "hits": 0}, True, "none has one that is on"),
+        ("on", {"queries": 100, "hits": 0}, True, "HF: it was on, and no token of a prompt was found in it"),
+        ("reset", {"queries": 100, "hits": 25}, True, "HF: it was emptied before each cell, and within the cells 25%"),
+        ("unknown", None, None, "HF does not say whether it has a prefix cache, in cell 1"),
+        ("gone", None, None, "HF does not say whether it has a prefix cache, in cell 1"),
+    ],
+)
+def test_a_prefix_cache_that_lent_nothing_or_says_nothing_fails_no_rule(
+    folder: Path, state: str, tokens: JSON | None, passed: bool | None, told: str
+) -> None:
+    kept = {} if state == "gone" else {"hf": state}
+    change_json(folder / "cells" / FIRST / "cell.json", prefix_cache=kept, prefix_tokens=tokens)
+    summary = summary_of(folder)
+    (gate,) = [gate for gate in summary["gates"] if gate["id"] == "no-borrowed-cache"]
+    assert gate["passed"] is passed
+    assert findings.found(Words("en"), gate, "closed").startswith(told)
+    assert summary["valid"] is True
+    known = {"state": "unknown" if state == "gone" else state, **(tokens or {"queries": None, "hits": None})}
+    assert summary["cells"][0]["prefix_cache"] == known
+
+
+def test_tokens_that_were_counted_by_a_fallback_are_said(folder: Path) -> None:
+    count = {"token_source": "max_tokens"}
+    change_records(folder, FIRST, lambda records: [changed(r, **count) for r in records])
+    summary = summary_of(folder)
+    (gate,) = [gate for gate in summary["gates"] if gate["id"] == "tokens-counted"]
+    assert (gate["passed"], gate["found"]) == (None, [{"id": "fallback", "count": 7}])
+    assert summary["valid"] is True
+
+
+def test_cells_that_are_too_short_for_a_trend_are_not_judged(folder: Path) -> None:
+    summary = summary_of(folder)
+    (gate,) = [gate for gate in summary["gates"] if gate["id"] == "no-drift"]
+    assert gate["passed"] is None
+    assert [one["id"] for one in gate["found"]] == ["too_short", "too_short", "no_trend"]
+    assert summary["valid"] is True
 
 
 def test_a_fault_at_one_level_makes_the_verdicts_at_all_levels_invalid(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
+from scipy.stats import binomtest
 
 from experiment.analysis import requests, stats
 from experiment.analysis.requests import Floats
@@ -245,3 +246,9 @@ def test_the_interval_of_few_pairs_holds_the_truth_in_95_of_100_experiments(pair
     rng = np.random.default_rng(3)
     found = [stats.ratio_of_pairs(list(0.97 * np.exp(rng.normal(0, 0.05, pairs)))) for _ in range(2000)]
     assert 0.935 < np.mean([one.low <= 0.97 <= one.high for one in found if one.low and one.high]) < 0.965
+
+
+@pytest.mark.parametrize(("share", "count"), [(0.99, 1000), (1.0, 20), (0.0, 5), (0.5, 10)])
+def test_the_interval_of_a_share_is_that_of_wilson(share: float, count: int) -> None:
+    known = binomtest(round(share * count), count).proportion_ci(method="wilson")
+    assert stats.wilson(share, count) == pytest.approx((known.low, known.high))

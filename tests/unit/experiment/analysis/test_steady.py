@@ -1,6 +1,7 @@
 """Whether a cell was steady, on played servers: closed loops, queues that are stable and queues that grow."""
 
 import heapq
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -10,6 +11,7 @@ from scipy.stats import linregress
 from experiment.analysis import steady
 from experiment.analysis.requests import UNKNOWN, Floats, Longs, Requests
 from experiment.analysis.steady import Steady, Trend
+from experiment.plan.settings import read_plan
 from tests.unit.experiment.folders import SECOND
 
 CHUNKS = 10
@@ -38,6 +40,7 @@ def columns(sent: Floats, first: Floats, last: Floats, warmup: int) -> Requests:
         output_tokens=np.full(len(sent), CHUNKS),
         measured=(index >= warmup) & (index < len(sent) - warmup),
         error=unknown,
+        token_source=np.zeros(len(sent), dtype=np.int64),
         read=lambda: [batch],
     )
 
@@ -122,3 +125,24 @@ def test_a_small_trend_is_no_drift_however_sure_it_is_and_the_tests_share_the_ch
     assert steady.drifts(cells(1, ttft_seconds=Trend(0.29, 1e-9))) == {}
     assert steady.drifts(cells(1, ttft_seconds=Trend(-0.5, 0.009))) == {0: {"ttft_seconds": -0.5}}
     assert steady.drifts(cells(2, ttft_seconds=Trend(-0.5, 0.009))) == {}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "least", "most"),
+    [
+        *((["--preset", name], 0, 0.05) for name in ("quick", "ladder", "same-memory")),
+        *((["--preset", name, "--requests-per-user=16"], 0.95, 1) for name in ("quick", "ladder", "same-memory")),
+        (["--preset", "gate"], 0.95, 1),
+    ],
+)
+def test_presets_are_long_enough_to_tell_a_drift_at_their_highest_level_where_the_docs_say_so(
+    arguments: list[str], least: float, most: float
+) -> None:
+    plan = read_plan(arguments)
+    level, draw, told = max(plan.levels), np.random.default_rng(1), []
+    for _ in range(40):
+        played = queue(draw, None, int(level), plan.total(level))
+        first = plan.warmup(level)
+        within = (played.index >= first) & (played.index < first + plan.measured(level))
+        told.append(bool(steady.measure(replace(played, measured=within)).trends))
+    assert least <= np.mean(told) <= most

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 from xml.etree import ElementTree
 
 import numpy as np
@@ -14,7 +14,7 @@ from rich.console import Console
 
 from experiment.history import gate as command
 from experiment.history.gate_report import as_junit
-from experiment.history.judgement import Ruling, judge, verdict
+from experiment.history.judgement import Outcome, Ruling, judge, verdict
 from experiment.history.two_runs import change, read
 from experiment.plan.plan import Cell, Plan
 from experiment.plan.rules import METRICS, Rules
@@ -190,6 +190,9 @@ def test_junit_has_a_case_for_each_rule(tmp_path: Path, baseline: Path, capsys: 
     assert (root.tag, suite.tag) == ("testsuites", "testsuite")
     assert len(cases) == int(suite.attrib["tests"]) == len(list(suite))
     assert len(suite.findall("testcase/failure")) == int(suite.attrib["failures"]) == 4
+    # Whether the cells of either run drifted, which are too short to tell.
+    assert len(suite.findall("testcase/skipped")) == int(suite.attrib["skipped"]) == 2
+    assert (run / "gate.md").read_text().count("\n- not judged: ") == 2
     assert len(suite.findall("testcase/error")) == int(suite.attrib["errors"]) == 0
     assert len({(case.attrib["classname"], case.attrib["name"]) for case in cases}) == len(cases)
     limit = next(case for case in cases if "e2e_seconds.p99" in case.attrib["name"])
@@ -201,9 +204,10 @@ def test_junit_has_a_case_for_each_rule(tmp_path: Path, baseline: Path, capsys: 
 @given(st.text())
 def test_junit_can_be_read_whatever_a_rule_says(text: str) -> None:
     folder = Path("run")
-    rulings = [Ruling(text, text, outcome, text, now=text) for outcome in ("passed", "failed", "invalid")]
+    rulings = [Ruling(text, text, outcome, text, now=text) for outcome in get_args(Outcome)]
     root = ElementTree.fromstring(as_junit(folder, rulings).partition("\n")[2])  # noqa: S314 - our own
-    assert len(root.findall("testsuite/testcase")) == 3
+    assert len(root.findall("testsuite/testcase")) == 4
+    assert len(root.findall("testsuite/testcase/skipped")) == int(root.attrib["skipped"]) == 1
 
 
 def test_a_table_shows_each_figure(tmp_path: Path, baseline: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -220,6 +224,7 @@ def test_a_table_shows_each_figure(tmp_path: Path, baseline: Path, capsys: pytes
         ([], "passed"),
         (["passed", "failed"], "failed"),
         (["failed", "invalid", "passed"], "invalid"),
+        (["passed", "not judged"], "passed"),
     ],
 )
 def test_what_cannot_be_judged_outweighs_what_failed(outcomes: list[Any], expected: str) -> None:

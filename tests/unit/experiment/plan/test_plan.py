@@ -190,3 +190,16 @@ def test_levels_of_a_closed_loop_are_whole_numbers_in_what_a_run_keeps() -> None
 def test_a_plan_comes_back_from_what_a_run_keeps() -> None:
     plan = Plan(arrival="poisson", levels=[0.5], limits={"ttft_seconds": 1}, targets=targets("a"))
     assert Plan.model_validate_json(json.dumps(plan.model_dump())) == plan
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("repeats", True), ("requests", False), ("levels", [True, 4]), ("limits", {"ttft_seconds": True})),
+        *(("gate", {"allowed_regression": False}), ("gate", {"limits": {"output_throughput": True}})),
+    ],
+)
+def test_a_boolean_is_no_number(key: str, value: Any) -> None:
+    with pytest.raises(ValidationError, match=r"expected no boolean, got (true|false); in YAML yes, no"):
+        Plan.model_validate({key: value})
+    assert Plan.model_validate({"together": True}).together

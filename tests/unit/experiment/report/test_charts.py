@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from experiment import report
 from experiment.analysis.analyse import analyse
 from experiment.analysis.results import JSON, load
-from experiment.report import caches, charts, look, tables
+from experiment.report import caches, charts, layers, look, tables
 from experiment.report.quantiles import POINTS, quantiles, thinned
 from experiment.words import Words
 from tests.unit.experiment.analysis.test_analyse import LADDER, make, requests
@@ -73,7 +73,7 @@ def test_every_chart_is_a_file_in_both_languages_and_a_picture(tmp_path: Path) -
     assert names == {f"{name}.{kind}" for name in CLOSED for kind in ("svg", "png")}
     assert {path.name for path in (folder / "charts" / "zh").iterdir()} == {f"{name}.svg" for name in CLOSED}
     assert (folder / "charts" / "en" / "ttft.png").read_bytes().startswith(b"\x89PNG")
-    assert "并发请求数" in (folder / "charts" / "zh" / "ttft.svg").read_text(encoding="utf-8")
+    assert "毫秒" in (folder / "charts" / "zh" / "ttft.svg").read_text(encoding="utf-8")
 
 
 def test_a_table_has_every_number_of_the_summary(tmp_path: Path) -> None:
@@ -131,6 +131,41 @@ def test_hf_and_vllm_keep_their_colours_and_no_two_of_seven_targets_share_one() 
     assert len({frame.color(target) for target in targets}) == 7
     pair = look.Frame(Words("en"), ["hf", "vllm"], True)
     assert [frame.color(name) for name in pair.targets] == [pair.color(name) for name in pair.targets]
+
+
+def test_our_own_servers_keep_their_colours_whatever_their_place_and_none_is_that_of_a_part_of_a_cache() -> None:
+    own = ["sequential", "batch", "batch-static", "continuous", "vllm"]
+    whole, part = (look.Frame(Words("en"), targets, True) for targets in (own, ["x", "vllm", "continuous"]))
+    assert len({whole.color(target) for target in own}) == 5
+    assert [part.color(name) for name in ("vllm", "continuous")] == [whole.color(n) for n in ("vllm", "continuous")]
+    both = look.Frame(Words("en"), ["sequential", "hf"], True)
+    assert both.color("sequential") != both.color("hf")
+    assert not {color.lower() for color in look.COLORS} & set(layers.PARTS.values())
+
+
+def test_the_charts_that_lead_are_those_of_the_question() -> None:
+    def lead(closed: bool, **changes: Any) -> list[str]:
+        frame = look.Frame(Words("en"), ["hf", "vllm"], closed)
+        names = "throughput latency kv held waste ladder normalized response saturation tradeoff goodput".split()
+        return charts.lead(frame, {"levels": [], "kv_budget": None} | changes, names)
+
+    full = {"running": {"mean": 1, "max": 1}, "capacity": {"max": 10}, "allocated": {"max": 10}}
+    level = {"level": 4, "targets": {name: {"memory": {"kv": full}} for name in ("hf", "vllm")}}
+    steps = [{"level": 4}]
+    assert lead(True) == ["throughput", "latency", "kv"]
+    assert lead(True, ladder=steps, levels=[level]) == ["ladder", "throughput", "kv"]
+    assert lead(True, ladder=steps, levels=[level], kv_budget=10) == ["held", "waste", "throughput"]
+    assert lead(False, levels=[level]) == ["normalized", "response", "throughput"]
+    assert lead(False, saturation={"hf": {}}) == ["saturation", "tradeoff", "goodput"]
+
+
+def test_one_level_is_drawn_as_bars_and_not_as_lines(tmp_path: Path) -> None:
+    one = drawn(make_folder(tmp_path / "one", make_plan(levels=[1], repeats=2)))
+    two = drawn(make_folder(tmp_path / "two", make_plan(levels=[1, 2], repeats=2)))
+    for name in ("throughput", "latency", "ttft", "tpot", "e2e"):
+        assert "mark-line" not in one[name]
+        assert "mark-rect" in one[name]
+        assert "mark-line" in two[name]
 
 
 def test_places_in_a_chart_are_rounded_and_its_figures_are_not() -> None:

@@ -272,6 +272,38 @@ def test_a_broken_rule_has_a_banner(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("no_charts")
+def test_a_folder_without_any_sample_of_memory_says_so_at_the_top(tmp_path: Path) -> None:
+    folder = make_small(tmp_path)
+    top = page(folder).split("<h2")[0]
+    assert "Memory is missing" in top
+    write_kv(folder)
+    assert "Memory is missing" not in page(folder)
+
+
+@pytest.mark.usefixtures("no_charts")
+def test_the_reason_of_a_run_that_was_cut_off_is_in_the_language_of_the_page(tmp_path: Path) -> None:
+    folder = make_small(tmp_path, state="running")
+    change_json(folder / "status.json", reason="the run did not come to its end")
+    assert "运行没有到达终点" in page(folder, "zh")
+    assert "the run did not come to its end" not in page(folder, "zh")
+
+
+@pytest.mark.usefixtures("no_charts")
+def test_servers_with_the_same_source_share_a_line_and_one_without_an_allocator_is_named(tmp_path: Path) -> None:
+    targets = [{"name": name, "kind": "hf"} for name in ("a", "b")] + [{"name": "vllm", "kind": "vllm"}]
+    plan = make_plan(targets=targets, levels=[1], repeats=1)
+    folder = make_folder(tmp_path, plan, speed=lambda _: 1.0)
+    for cell in load(folder).cells:
+        middle = (cell.start_ns + cell.end_ns) // 2
+        row = paged_row(middle) if cell.target == "vllm" else kv_row(middle, torch_allocated_bytes=2**20)
+        write_timeline(folder / "kv" / f"{cell.target}.arrow", kv_table(row))
+    text = page(folder)
+    assert text.count("the server counts its live tokens itself") == 1
+    assert "a, b: the server counts its live tokens itself" in text
+    assert "vLLM: nothing stands under torch" in text
+
+
+@pytest.mark.usefixtures("no_charts")
 def test_samples_that_are_missing_are_said_to_be(tmp_path: Path) -> None:
     text = page(make_small(tmp_path))
     assert "There are no memory samples." in text

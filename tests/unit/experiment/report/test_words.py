@@ -35,7 +35,9 @@ def test_every_text_of_the_chinese_is_chinese_but_for_names_and_signs() -> None:
     names = {"ttft", "tpot", "limit.ttft_seconds", "limit.tpot_seconds", "limit.e2e_seconds", "col.throughput"}
     signs = {
         "ladder.factor",
-        "join.sentences",
+        "axis.plain",
+        "verdict.of",
+        "verdict.short",
         "join.clauses",
         "join.list",
         "ratio",
@@ -71,13 +73,14 @@ SEARCHES = [
     ({"rate": 8, "missed": None}, "every rate tried met the limits; the highest tried was 8", "最高为 8"),
     ({"rate": 2.83, "missed": 2.85}, "2.83 requests/s met the limits and 2.85 did not", "2.85 不满足"),
     ({"rate": 4, "missed": 8, "exact": False}, "further apart than 5%, as the search ended early", "搜索提前结束"),
+    ({"rate": 2, "missed": 3, "unsure": [2, 3]}, "chance may have decided at 2, 3: the 95 % interval", "可能出于偶然"),
     ({"rate": 2, "missed": 4, "above": 8}, "8 met them too, which does not count", "8 也满足"),
 ]
 
 
 @pytest.mark.parametrize(("found", "english", "chinese"), SEARCHES)
 def test_how_a_search_ended_is_told_in_each_language(found: JSON, english: str, chinese: str) -> None:
-    whole = {"above": None, "exact": True, "precision": 0.05} | found
+    whole: JSON = {"above": None, "exact": True, "precision": 0.05, "unsure": [], "wanted": 0.99} | found
     assert english in findings.search_end(Words("en"), whole)
     assert chinese in findings.search_end(Words("zh"), whole)
 
@@ -115,7 +118,7 @@ def summary(ratios: JSON, **changes: Any) -> JSON:
         (
             {"vllm": {"output_throughput": EQUAL}},
             {"state": "partial"},
-            "Partial run. At concurrency 4 vLLM made 1.01 times (95 % interval 0.90 to 1.10) the output tokens per "
+            "Partial run: at concurrency 4 vLLM made 1.01 times (95 % interval 0.90 to 1.10) the output tokens per "
             "second of HF: 2,469 against 1,234, which is no detectable difference.",
             "未检测到差异",
         ),
@@ -124,13 +127,19 @@ def summary(ratios: JSON, **changes: Any) -> JSON:
         (
             {"vllm": {"output_throughput": RATIO | {"verdict": "invalid"}}},
             {"valid": False},
-            "The comparison is not valid: see which rule failed.",
-            "本次比较无效",
+            "Not valid: at concurrency 4 vLLM made 2.00 times",
+            "无效：并发 4 时，vLLM",  # noqa: RUF001
+        ),
+        (
+            {"vllm": {"output_throughput": EQUAL | {"verdict": "invalid"}}},
+            {"valid": False, "state": "partial"},
+            "2,469 against 1,234, which is no detectable difference.",
+            "无效：并发 4 时",  # noqa: RUF001
         ),
         ({}, {}, "At concurrency 1 vLLM made 1.01 times", "并发 1 时"),
         (
             {},
-            {"saturation": {"hf": {"rate": None, "cells": []}, "vllm": {"rate": 12.345, "cells": []}}},
+            {"levels": [], "saturation": {"hf": {"rate": None, "cells": []}, "vllm": {"rate": 12.345, "cells": []}}},
             "The highest rate at which the limits were met: HF met them at no rate that was tried; "
             "vLLM 12.3 requests/s.",
             "vLLM 为 12.3 请求/秒",
@@ -164,13 +173,36 @@ def test_of_one_target_its_own_figures_are_told(figures: JSON, english: str, chi
         assert text in sentence.verdict(frame(language, ("vllm",)), summary({}, levels=levels))
 
 
-def test_servers_with_the_same_bytes_are_told_by_the_sequences_that_they_held() -> None:
-    running = {"hf": 6.14, "vllm": 20.0}
-    held = {name: {"memory": {"kv": {"running": {"mean": mean, "max": 31}}}} for name, mean in running.items()}
-    levels = [{"level": 4, "targets": held, "ratios": {"vllm": {"output_throughput": RATIO}}}]
-    told = sentence.verdict(frame("en"), summary({}, levels=levels, kv_budget=2**23))
-    assert told.startswith("Sequences at once in 8.0 MiB of KV cache: vLLM 20.0, HF 6.1. At concurrency 4 vLLM made")
-    assert "at once" not in sentence.verdict(frame("en"), summary({}, levels=levels))
+def test_a_search_does_not_take_the_place_of_the_verdict() -> None:
+    found = summary({"vllm": {"output_throughput": RATIO}}, saturation={"vllm": {"rate": 12.345, "cells": []}})
+    assert sentence.verdict(frame("en"), found).startswith("At concurrency 4 vLLM made 2.00 times")
+    assert sentence.details(frame("en"), found) == [
+        "The highest rate at which the limits were met: vLLM 12.3 requests/s."
+    ]
+
+
+def cache(mean: float, most: float, allocated: float) -> JSON:
+    running, capacity = {"mean": mean, "max": most}, {"mean": 100, "max": 100}
+    return {"memory": {"kv": {"running": running, "capacity": capacity, "allocated": {"mean": 1, "max": allocated}}}}
+
+
+@pytest.mark.parametrize(
+    ("vllm", "told"),
+    [
+        (cache(20, 31, 90), ["Sequences held at once where 8.0 MiB of KV cache was the limit: vLLM 20.0, HF 6.1."]),
+        # Room was left.
+        (cache(20, 31, 89), []),
+        # All that were offered were held.
+        (cache(20, 32, 100), []),
+    ],
+)
+def test_sequences_held_at_once_are_told_of_servers_that_memory_limited(vllm: JSON, told: list[str]) -> None:
+    held = {"hf": cache(6.14, 8, 100), "vllm": vllm}
+    levels = [{"level": 32, "targets": held, "ratios": {"vllm": {"output_throughput": RATIO}}}]
+    whole = summary({}, levels=levels, kv_budget=2**23)
+    assert sentence.details(frame("en"), whole) == told
+    assert sentence.details(frame("en"), summary({}, levels=levels)) == []
+    assert "held" not in sentence.verdict(frame("en"), whole)
 
 
 def test_a_load_on_all_at_once_is_told() -> None:
@@ -186,13 +218,47 @@ def test_of_many_targets_the_one_that_gains_most_is_told_in_full() -> None:
     found = {"a": {"output_throughput": slow}, "vllm": {"output_throughput": RATIO}, "b": {"ttft_seconds": RATIO}}
     told = sentence.verdict(frame("en", ("hf", "a", "b", "vllm")), summary(found))
     assert told.startswith("At concurrency 4 vLLM made 2.00 times")
-    assert told.endswith("against 1,234; a 1.50 times.")
+    assert told.endswith("against 1,234.")
+    assert sentence.details(frame("en", ("hf", "a", "b", "vllm")), summary(found)) == [
+        "At concurrency 4, output tokens per second against HF: a 1.50× (1.50 to 2.50, faster)."  # noqa: RUF001
+    ]
 
 
 def test_in_an_open_loop_the_time_from_the_schedule_is_compared() -> None:
     found = {"vllm": {"output_throughput": EQUAL, "e2e_seconds": EQUAL, "response_seconds": RATIO | {"value": 3}}}
     told = sentence.verdict(frame("en", closed=False), summary(found))
     assert told.startswith("At 4 requests/s vLLM answered 3.00 times (95 % interval 1.50 to 2.50) as fast as HF")
+
+
+QUEUE = {"output_throughput": RATIO, "e2e_seconds": RATIO, "response_seconds": RATIO | {"verdict": "invalid"}}
+
+
+def open_loop(*levels: JSON, **changes: Any) -> JSON:
+    """A summary of levels 2, 4, ... with the ratios of vLLM at each; where there is no verdict a queue of HF grew."""
+
+    def targets(ratios: JSON) -> JSON:
+        return {"hf": {"unstable": [1] if ratios is QUEUE else []}, "vllm": {"unstable": []}}
+
+    rows = [{"level": 2 * n, "targets": targets(one), "ratios": {"vllm": one}} for n, one in enumerate(levels, 1)]
+    return summary({}, levels=rows, **changes)
+
+
+def test_a_latency_of_a_level_at_which_a_queue_grew_is_not_told() -> None:
+    calm = {"output_throughput": EQUAL, "e2e_seconds": EQUAL, "response_seconds": RATIO | {"value": 3}}
+    for changes in ({}, {"valid": False}):
+        found = open_loop(calm, QUEUE, **changes)
+        assert "t 2 requests/s vLLM answered 3.00 times" in sentence.verdict(frame("en", closed=False), found)
+        assert sentence.details(frame("en", closed=False), found) == [
+            "At 4 requests/s the latencies of vLLM against the baseline are not judged: a queue grew, "
+            "so they have no mean."
+        ]
+        assert "4 请求/秒时，vLLM 与基准相比的延迟不作判断" in sentence.details(frame("zh", closed=False), found)[0]  # noqa: RUF001
+
+
+def test_where_every_latency_is_without_a_verdict_the_throughput_is_told() -> None:
+    invalid = dict.fromkeys(("e2e_seconds", "response_seconds"), QUEUE["response_seconds"])
+    told = sentence.verdict(frame("en", closed=False), open_loop(QUEUE | invalid, QUEUE | invalid))
+    assert told.startswith("At 4 requests/s vLLM made 2.00 times")
 
 
 def test_a_name_without_a_text_is_said_as_it_is() -> None:

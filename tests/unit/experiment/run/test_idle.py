@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from experiment.run import idle
-from experiment.run.idle import settle
-from experiment.run.stack import RunError, Stack
+from experiment.run.idle import prefix_tokens, settle, since
+from experiment.run.stack import Remote, RunError, Stack
 from tests.unit.experiment.folders import make_plan
 
 VLLM = """vllm:num_requests_running{} RUNNING
@@ -20,18 +20,20 @@ vllm:num_preemptions_total{} 0.0
 vllm:kv_cache_usage_perc{} 0.0
 vllm:cache_config_info{block_size="16",cache_dtype="auto",enable_prefix_caching="CACHING",num_gpu_blocks="101"} 1.0
 """
+FOUND = (("queries", 1.2e3), ("hits", 32.0))
 
 
 class Server:
     """A server whose requests are taken off `running` one by one, each time that it is asked."""
 
     def __init__(self, running: int = 0, caching: bool = False, resets: bool = False, metrics: bool = True):
-        self.running, self.reset = running, 0
+        self.running, self.reset, self.more = running, 0, ""
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(handler) -> None:  # noqa: N805
                 text = VLLM.replace("RUNNING", str(self.running)).replace("CACHING", str(caching))
                 self.running -= self.running > 0
+                text += self.more
                 handler.answer(200 if metrics or "metrics" not in handler.path else 404, text.encode())
 
             def do_POST(handler) -> None:  # noqa: N805
@@ -111,3 +113,18 @@ def test_there_is_a_rest_before_each_cell(settled: Any) -> None:
     begun = time.monotonic()
     settled(Server(), cooldown_seconds=0.3)
     assert time.monotonic() - begun > 0.3
+
+
+def test_the_tokens_of_prompts_found_in_a_prefix_cache_are_counted_over_all_engines(settled: Any) -> None:
+    server = Server()
+    settled(server)
+    assert prefix_tokens(Remote("a", server.url)) is None
+    lines = [
+        f'vllm:prefix_cache_{name}_total{{engine="{engine}"}} {value}' for engine in (0, 1) for name, value in FOUND
+    ]
+    other = 'vllm:external_prefix_cache_hits_total{engine="0"} 9.0'
+    server.more = "\n".join([*lines, other, 'vllm:prefix_cache_hits_created{engine="0"} 1.7e+09'])
+    now = prefix_tokens(Remote("a", server.url))
+    assert now == {"queries": 2400, "hits": 64}
+    assert since({"queries": 2000, "hits": 60}, now) == {"queries": 400, "hits": 4}
+    assert since(None, now) is since(now, None) is None
