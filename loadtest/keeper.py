@@ -4,12 +4,17 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
+from itertools import count
 from pathlib import Path
 from typing import Any
 
+import gevent
+
+from loadtest import figures
 from loadtest.calibrate import known_limit
 from loadtest.options import Options
 from loadtest.records import RecordFile
+from loadtest.work.workloads import left_out
 
 # Past these the load generator itself shapes the latencies it reports.
 LIMITS = {"cpu_share": 0.8, "loop_lag_p99_seconds": 0.010, "send_lateness_p99_seconds": 0.010}
@@ -18,14 +23,17 @@ CLOCK_SECONDS = LIMITS["send_lateness_p99_seconds"]
 
 
 class Keeper:
-    """The files of one run; raises OSError when they cannot be made or written."""
+    """The files of one run; raises OSError for those that cannot be made, ValueError for a bad trace or data set."""
 
     def __init__(self, options: Options):
+        lost = list(left_out(options))
         self.path = Path(options.records) if options.records else _default_path()
         # Two runs may keep their records in one folder.
         self.summary = self.path.with_name("client.json" if self.path.stem == "records" else f"{self.path.stem}.json")
         self._file = RecordFile(self.path)
         self.write = self._file.write
+        for line in lost:
+            print(f"loadtest: {line}", flush=True)
 
     def close(
         self,
@@ -34,13 +42,18 @@ class Keeper:
         complete: bool,
         workers: Sequence[dict[str, Any]] = (),
     ) -> dict[str, Any]:
-        """Write client.json and return it: each process's figures, the worst of each, and what is against the run.
+        """Write client.json and return it, and print each target's figures.
+
+        It also holds each process's figures, the worst of each, and what is against the run.
 
         `complete`: it was not stopped before all was sent and answered. `workers`: where each ran, and its connection.
         """
         self._file.close()
-        report = {"complete": complete, **summarize(processes, lost, known_limit(), workers)}
+        # In a thread: with millions of requests workers would take a master that stands still for dead.
+        targets = gevent.get_hub().threadpool.apply(figures.measure, (self.path,))
+        report = {"complete": complete, **summarize(processes, lost, known_limit(), workers), "targets": targets}
         self.summary.write_text(json.dumps(report, indent=2) + "\n")
+        print(*figures.lines(targets), sep="\n", flush=True)
         return report
 
 
@@ -91,4 +104,13 @@ def _against(worker: dict[str, Any]) -> Iterator[str]:
 
 
 def _default_path() -> Path:
-    return Path("results") / f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-locust" / "records.arrow"
+    """In a new folder, named after the time; of those made in the same second all but the first have a number."""
+    began = f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
+    for number in count(1):
+        folder = Path("results") / f"{began}{f'-{number}' if number > 1 else ''}-locust"
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        break
+    return folder / "records.arrow"

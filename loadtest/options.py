@@ -42,7 +42,9 @@ class Options(BaseModel):
     turns: int = Field(1, ge=1, le=1000, description="turns of a synthetic conversation; each waits for an answer")
     dataset: str = Field("", description="file or folder of real prompts: .json, .jsonl, .parquet, .arrow")
     tokenizer: str = Field("", description="tokenizer's id or folder; needed for chats and to count answers in tokens")
-    skip_bad_lines: bool = Field(False, description="pass over bad lines of a file and count them")
+    skip_bad_lines: bool = Field(
+        False, description="pass over bad lines of a file and count them; in a trace also lines earlier than one above"
+    )
     endpoint: Literal["completions", "chat"] = Field("completions", description="API that requests are sent to")
     max_context: int = Field(2048, ge=16, description="prompt + output tokens never exceed this")
     requests: int = Field(0, ge=0, description="measured requests to each server; 0: until stopped")
@@ -50,7 +52,7 @@ class Options(BaseModel):
     drain: int = Field(0, ge=0, description="requests sent after the measured ones, to keep the load up until they end")
     seed: int = Field(0, ge=0, description="the same seed gives the same requests")
     timeout: float = Field(600.0, gt=0, le=86400, description="seconds until a request without its last token fails")
-    token_timeout: float = Field(0.0, ge=0, le=86400, description="seconds without a byte until a stream fails; 0: off")
+    token_timeout: float = Field(0.0, ge=0, le=86400, description="seconds without data until a stream fails; 0: off")
     retries: int = Field(0, ge=0, le=10, description="times that a failed request is sent again")
     stamps: Literal["auto", "kernel", "user"] = Field("auto", description="clock that stamps what is received")
     hf_url: str = Field("http://127.0.0.1:8000", pattern="^https?://", description="the HF server")

@@ -16,7 +16,7 @@ from gevent.pool import Group
 from loadtest.alarm import Alarm
 from loadtest.client.connection import Connection, Exchange
 from loadtest.client.receiver import Receiver, make_room_for_connections
-from loadtest.client.tokens import read_answer, read_stream
+from loadtest.client.tokens import excerpt, read_answer, read_stream
 from loadtest.options import Options
 from loadtest.records import ErrorKind, Phase, Record, to_bytes
 from loadtest.selfcheck import SelfCheck
@@ -109,6 +109,8 @@ class Run:
         self._keep, self._on_end, self._watcher = keep, on_end, watcher
         self._total = options.total
         shares = part.shares
+        for target in shares:
+            api_key(target)
         schedules = {target: schedule(options) for target in shares}
         self._requests = {t: WORKLOADS[options.workload](options, s.rank, s.of) for t, s in shares.items()}
         self._receiver = Receiver(options.stamps)
@@ -181,17 +183,18 @@ class Run:
             exchange = connection.post(path, body, f"{self._part.run_id}-{request.index}-{retries}")
         exchange.sent_ns = first_ns
         self._idle[target].append(connection)
+        key = api_key(target)
         record = make_record(
             request,
             exchange,
+            secret=key,
             target=target,
             phase=self._phase(request),
             worker=self._part.worker,
             retries=retries,
             scheduled_ns=scheduled_ns,
         )
-        if record.error_detail and (key := api_key(target)):
-            # A server may repeat what it was sent.
+        if record.error_detail and key:  # an error's own words may hold it too
             record = replace(record, error_detail=record.error_detail.replace(key, "***"))
         self._self_check.sent(record.late_seconds)
         self._self_check.received(record.chunk_ns)
@@ -290,8 +293,15 @@ class Run:
 
 
 def api_key(target: str) -> str:
-    """Key of a server, from the environment and nowhere else; empty: it needs none."""
-    return os.environ.get(f"HEADROOM_{target.upper()}_API_KEY", "")
+    """Key of a server, from the environment and nowhere else; empty: it needs none.
+
+    Raises ValueError, which does not show it, for one with a line break or another control character inside.
+    """
+    name = f"HEADROOM_{target.upper()}_API_KEY"
+    key = os.environ.get(name, "").strip()
+    if not key.isprintable():
+        raise ValueError(f"{name}: holds a line break or another control character; expected a key on one line")
+    return key
 
 
 def connect(options: Options, target: str, receiver: Receiver) -> Connection:
@@ -301,8 +311,11 @@ def connect(options: Options, target: str, receiver: Receiver) -> Connection:
     return Connection(url, receiver, options.timeout, options.token_timeout, headers)
 
 
-def make_record(request: Request, exchange: Exchange, **fields: Any) -> Record:
-    """Turn what came back into a record; `fields` are those that neither request nor answer know."""
+def make_record(request: Request, exchange: Exchange, secret: str = "", **fields: Any) -> Record:
+    """Turn what came back into a record; `fields` are those that neither request nor answer know.
+
+    The `secret` that was sent is left out of the error.
+    """
     fields |= {
         "index": request.index,
         "max_tokens": request.max_tokens,
@@ -313,14 +326,14 @@ def make_record(request: Request, exchange: Exchange, **fields: Any) -> Record:
     }
     error, detail = _error_of(exchange), exchange.error_detail
     if error in ("http_4xx", "http_5xx"):
-        detail = exchange.answer.body[:500].decode(errors="replace")
+        detail = excerpt(exchange.answer.body, 500, secret).decode(errors="replace")
     elif error == "malformed" and not exchange.error:
-        kind, body = exchange.answer.content_type, exchange.answer.body[:200]
+        kind, body = exchange.answer.content_type, excerpt(exchange.answer.body, 200, secret)
         detail = f"expected an event stream, got {kind!r}: {body!r}"
     if error and not exchange.answer.pieces:
         return Record(**fields, error=error, error_detail=detail)
     try:
-        output = read_stream(exchange.events(), request.max_tokens)
+        output = read_stream(exchange.events(), request.max_tokens, secret)
     except ValueError as problem:
         return Record(**fields, error="malformed", error_detail=str(problem))
     if error:

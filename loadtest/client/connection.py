@@ -53,8 +53,8 @@ class Exchange:
 class Connection:
     """A keep-alive connection to one server, opened when it is needed.
 
-    A request fails with `timeout` when its last byte has not come after `timeout_seconds`, or when no byte has come for
-    `token_timeout_seconds` (0: no such limit). Raises ValueError for a URL that names no server.
+    A request fails with `timeout` when its last byte has not come after `timeout_seconds`, or when no data has come for
+    `token_timeout_seconds` (0: no such limit); comments are no data. Raises ValueError for a URL that names no server.
     """
 
     def __init__(

@@ -19,6 +19,7 @@ from gevent import monkey
 from gevent.event import Event
 
 from loadtest.client.http import Answer
+from loadtest.client.sse import holds_data
 from loadtest.client.tls import Tls
 
 Clock = Literal["kernel", "user"]
@@ -45,14 +46,15 @@ TOGETHER_NS = 20_000
 class Stream:
     """An answer that is being received; `done` is set at its end, `failure` says why that was not its last byte.
 
-    It fails at `deadline_ns`, or when nothing has come for `patience_ns`; 0: no such limit.
+    It fails at `deadline_ns`, or when no data has come for `patience_ns` (0: no such limit): what keeps a connection
+    alive, such as a comment, is none. `alive_ns` is when the last was seen to come, or the request was sent.
     """
 
     sock: socket.socket
     answer: Answer
     deadline_ns: int
     patience_ns: int
-    last_ns: int
+    alive_ns: int
     tls: Tls | None = None
     clock: Clock = "kernel"
     failure: Exception | None = None
@@ -135,16 +137,16 @@ class Receiver:
                 data, ancillary, _, _ = stream.sock.recvmsg(RECEIVE_BYTES, ANCILLARY_BYTES)
                 if ancillary and offset_ns is not None:
                     seconds, ns = TIMESPEC.unpack(ancillary[0][2])
-                    stream.last_ns = seconds * 1_000_000_000 + ns - offset_ns
+                    stamp_ns = seconds * 1_000_000_000 + ns - offset_ns
                 else:
-                    stream.last_ns, stream.clock = self.clock(), "user"
+                    stamp_ns, stream.clock = self.clock(), "user"
                 if stream.tls and data:
                     data = stream.tls.decrypt(data)
                     if not data:
                         continue
                 if not data:
                     answer.end()
-                elif answer.take(stream.last_ns, data):
+                elif answer.take(stamp_ns, data):
                     answer.read()
                     if not answer.complete:
                         continue
@@ -173,11 +175,8 @@ class Receiver:
         """End the streams whose time is up."""
         now_ns = self.clock()
         for stream in list(self._streams.values()):
-            if now_ns >= stream.deadline_ns:
-                stream.failure = TimeoutError("no last token until the deadline")
-            elif stream.patience_ns and now_ns - stream.last_ns >= stream.patience_ns:
-                stream.failure = TimeoutError(f"nothing came for {stream.patience_ns / 1e9:g} s")
-            else:
+            stream.failure = _why_late(stream, now_ns)
+            if not stream.failure:
                 continue
             self._forget(stream)
             stream.done.set()
@@ -187,6 +186,23 @@ class Receiver:
         del self._streams[descriptor]
         self._epoll.unregister(descriptor)
         self._choose_wait()
+
+
+def _why_late(stream: Stream, now_ns: int) -> Exception | None:
+    """What ends a stream before its last byte, if anything; looks for data only when the patience is up."""
+    if now_ns >= stream.deadline_ns:
+        return TimeoutError("no last token until the deadline")
+    if not stream.patience_ns or now_ns - stream.alive_ns < stream.patience_ns:
+        return None
+    try:
+        stream.answer.read()
+    except ValueError as error:
+        return error.with_traceback(None)
+    since = (stamp for stamp, piece in reversed(stream.answer.pieces) if stamp <= stream.alive_ns or holds_data(piece))
+    stream.alive_ns = max(stream.alive_ns, next(since, 0))
+    if now_ns - stream.alive_ns < stream.patience_ns:
+        return None
+    return TimeoutError(f"no data came for {stream.patience_ns / 1e9:g} s")
 
 
 def make_room_for_connections(most: int = 65_536) -> None:

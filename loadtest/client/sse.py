@@ -4,20 +4,29 @@ from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
 
+BOM = b"\xef\xbb\xbf"
+NO_DATA = (b":", b"event:", b"id:", b"retry:")
+
 
 def read_events(stream: bytes) -> Iterator[tuple[int, bytes]]:
     """Yield the data of each event of a stream, and the number of bytes up to the event's end.
 
-    Comments, other fields, events without data and a last event without its empty line are dropped; lines end with LF,
-    CRLF or CR.
+    Comments, other fields, events without data and a last event without its empty line are dropped, and so is a byte
+    order mark at the start; lines end with LF, CRLF or CR.
     """
+    begin = len(BOM) if stream.startswith(BOM) else 0
+    yield from _read_blocks(stream[begin:], begin)
+
+
+def _read_blocks(stream: bytes, begun: int = 0) -> Iterator[tuple[int, bytes]]:
+    """`begun`: how many bytes came before."""
     if b"\r" in stream:
-        yield from _read_lines(stream, 0)
+        yield from _read_lines(stream, begun)
         return
-    end = 0
+    end, last = begun, begun + len(stream)
     for block in stream.split(b"\n\n"):
         begin, end = end, end + len(block) + 2
-        if end > len(stream):
+        if end > last:
             return  # the rest
         if block.startswith(b"data: ") and b"\n" not in block:
             yield end, block[6:]
@@ -37,8 +46,14 @@ def read_pieces(pieces: Sequence[tuple[int, bytes]]) -> Iterator[tuple[int, byte
         return
     rest = pieces[whole:]
     ends = list(accumulate(len(piece) for _, piece in rest))
-    for end, data in read_events(b"".join(piece for _, piece in rest)):
+    read = _read_blocks if whole else read_events
+    for end, data in read(b"".join(piece for _, piece in rest)):
         yield rest[bisect_left(ends, end)][0], data
+
+
+def holds_data(piece: bytes) -> bool:
+    """Whether a piece of a stream holds some of an event's data: more than empty lines, comments and other fields."""
+    return any(line and not line.startswith(NO_DATA) for line in piece.splitlines())
 
 
 def _is_event(piece: bytes) -> bool:

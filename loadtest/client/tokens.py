@@ -68,8 +68,16 @@ class Chunk(msgspec.Struct):
 decode = msgspec.json.Decoder(Chunk).decode
 
 
-def read_stream(events: Iterable[tuple[int, bytes]], max_tokens: int) -> Output:
-    """Read (stamp in ns, data) events of a completion or chat stream; never raises: what is wrong is in `error`."""
+def excerpt(data: bytes, most: int, secret: str = "") -> bytes:
+    """The beginning of what a server sent, without a secret that it repeats; to cut first would leave a part of it."""
+    return data.replace(secret.encode(), b"***")[:most] if secret else data[:most]
+
+
+def read_stream(events: Iterable[tuple[int, bytes]], max_tokens: int, secret: str = "") -> Output:
+    """Read (stamp in ns, data) events of a completion or chat stream; never raises: what is wrong is in `error`.
+
+    The `secret` is left out of what the error quotes.
+    """
     out = Output()
     counted = _Count()
     done = False
@@ -80,11 +88,12 @@ def read_stream(events: Iterable[tuple[int, bytes]], max_tokens: int) -> Output:
         try:
             chunk = decode(data)
         except (ValueError, RecursionError) as error:
-            out.error, out.error_detail = "malformed", f"{type(error).__name__}: {error}: {data[:200]!r}"
+            shown = excerpt(data, 200, secret)
+            out.error, out.error_detail = "malformed", f"{type(error).__name__}: {error}: {shown!r}"
             return out
         if chunk.error or chunk.object == "error":
             what = msgspec.json.encode(chunk.error) if chunk.error else data
-            out.error, out.error_detail = "sse_error", what.decode()[:500]
+            out.error, out.error_detail = "sse_error", excerpt(what, 500, secret).decode(errors="replace")
             return out
         _read_chunk(out, counted, stamp, chunk)
     if out.finish_reason is None and not (done and out.chunk_ns):

@@ -16,7 +16,7 @@ from loadtest.reference.http import BadRequestError
 MAX_TOKENS, MAX_SECONDS = 1_000_000, 3600
 #: What the ledger may hold, in stamps of 8 bytes; a request counts for its chunks and for 64 more.
 KEPT_STAMPS, STAMPS_OF_A_REQUEST = 8_000_000, 64
-TOKEN_TEXT = " token"
+TOKEN_TEXT, TOKEN_ID = " token", 100
 STREAM_HEAD = (
     b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream; charset=utf-8\r\nTransfer-Encoding: chunked\r\n"
     b"Cache-Control: no-cache\r\nConnection: %s\r\n\r\n"
@@ -47,6 +47,7 @@ class Ask(BaseModel):
     max_completion_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS)
     min_tokens: int | None = None
     stream_options: StreamOptions = StreamOptions()
+    return_token_ids: bool = False
     n: Literal[1] | None = None
     best_of: Literal[1] | None = None
     echo: Literal[False] | None = None
@@ -154,18 +155,19 @@ class Answer:
         middle: Iterator[bytes]
         if self._continuous:
             # Counts of one width (JSON allows the blanks), so that one template serves every chunk of the request.
-            template = self._event(self._choice(self._text(step)), None)
+            template = self._event(self._tokens(step), None)
             prompt = self._ask.prompt_tokens
             counts = range(step, tokens, step)
             middle = map(template.__mod__, zip(counts, range(prompt + step, prompt + tokens, step), strict=True))
         else:
-            middle = repeat(self._event(self._choice(self._text(step)), 0), before)
-        last = self._event(self._choice(self._text(tokens - before * step), "length"), tokens)
+            middle = repeat(self._event(self._tokens(step), 0), before)
+        last = self._event(self._tokens(tokens - before * step, "length"), tokens)
         return chain(middle, [last + (self._usage_event() if self._usage else b"") + framed(b"[DONE]") + END])
 
-    def _text(self, tokens: int) -> dict[str, Any]:
-        text = TOKEN_TEXT * tokens
-        return {"content": text} if self._chat else {"text": text}
+    def _tokens(self, number: int, finish: str | None = None) -> dict[str, Any]:
+        text = TOKEN_TEXT * number
+        ids = {"token_ids": [TOKEN_ID] * number} if self._ask.return_token_ids else {}
+        return self._choice({"content": text} if self._chat else {"text": text}, finish) | ids
 
     def _choice(self, output: dict[str, Any], finish: str | None = None) -> dict[str, Any]:
         held = {"delta": output} if self._chat else output

@@ -185,6 +185,21 @@ def skipped(options: Options) -> Counter[str]:
     return found
 
 
+def left_out(options: Options) -> Iterator[str]:
+    """Say of each file of requests how many of its lines are not sent, and why; as far as it was read."""
+    files: list[tuple[str, int, Counter[str]]] = []
+    if "trace" in (options.workload, options.arrival):
+        trace = traces.read(options)
+        files.append((options.trace, len(trace.seconds), trace.skipped))
+    if options.dataset:
+        dataset = datasets.read(options)
+        files.append((options.dataset, len(dataset.examples), dataset.skipped))
+    for path, good, lost in files:
+        if lost:
+            reasons = "; ".join(f"{number} left out: {reason}" for reason, number in lost.items())
+            yield f"{path}: {good} of {good + lost.total()} lines can be sent; {reasons}"
+
+
 @dataclass(frozen=True)
 class _Synthetic:
     """Makes any request of a synthetic workload from its index."""

@@ -9,7 +9,7 @@ import pytest
 from loadtest import keeper
 from loadtest.keeper import Keeper, summarize
 from loadtest.options import Options
-from loadtest.records import read
+from loadtest.records import Record, read, to_bytes
 
 
 def process(**changes: Any) -> dict[str, Any]:
@@ -102,3 +102,32 @@ def test_a_run_without_a_name_gets_a_folder_of_its_own(tmp_path: Path, monkeypat
     assert path.parent.parent.name == "results"
     assert path.name == "records.arrow"
     assert path.exists()
+
+
+def test_runs_of_the_same_second_have_folders_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    paths = {Keeper(Options()).path for _ in range(5)}
+    assert len(paths) == 5
+    assert all(path.parent.name.endswith("-locust") for path in paths)
+
+
+def test_the_figures_of_each_target_are_kept_and_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    kept = Keeper(Options(records=str(tmp_path / "records.arrow")))
+    record = Record(
+        index=0, target="hf", phase="measured", max_tokens=2, sent_ns=0, end_ns=9, output_tokens=1, chunk_ns=[5_000_000]
+    )
+    kept.write(to_bytes([record]))
+    assert kept.close([process()], [], True)["targets"]["hf"]["ttft_seconds"]["p50"] == 0.005
+    assert json.loads((tmp_path / "client.json").read_text())["targets"]["hf"]["short_answers"] == 1
+    assert "TTFT" in capsys.readouterr().out
+
+
+def test_it_says_at_the_start_how_many_lines_of_a_trace_are_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trace = tmp_path / "trace.csv"
+    rows = [f"2023-11-16 18:15:4{n},{size},4" for n, size in enumerate((9, 3000, 9))]
+    trace.write_text("\n".join(["TIMESTAMP,ContextTokens,GeneratedTokens", *rows]))
+    Keeper(Options(arrival="trace", workload="trace", trace=str(trace), records=str(tmp_path / "records.arrow")))
+    said = f"{trace}: 2 of 3 lines can be sent; 1 left out: more than max_context (2048 tokens)"
+    assert f"loadtest: {said}\n" in capsys.readouterr().out

@@ -247,6 +247,35 @@ def test_a_key_is_sent_and_never_kept(begin: Begin, kept: Kept, monkeypatch: pyt
     assert b"sesame" not in b"".join(kept.batches)
 
 
+@pytest.mark.parametrize(
+    ("answered", "refusal", "detail"),
+    [
+        (0, "x" * 497 + "sesame and more", "x" * 497 + "***"),
+        (1, 'data: {"error": "' + "x" * 496 + 'sesame"}\n\n', '"' + "x" * 496 + "***"),
+        (1, "data: " + "x" * 195 + "sesame\n\n", "x***'"),
+    ],
+)
+def test_no_part_of_a_key_is_kept_where_an_answer_is_cut(
+    begin: Begin, kept: Kept, monkeypatch: pytest.MonkeyPatch, answered: int, refusal: str, detail: str
+) -> None:
+    monkeypatch.setenv("HEADROOM_HF_API_KEY", " sesame\n")
+    monkeypatch.setattr(Handler, "refusal", refusal)
+    Handler.answered = answered
+    run = begin("hf", requests=1)
+    perform_all(run, "hf")
+    run.close()
+    assert Handler.keys == ["Bearer sesame"]
+    assert detail in str(kept.records()[0].error_detail)
+    assert b"xses" not in b"".join(kept.batches)
+
+
+def test_a_key_of_two_lines_is_refused_and_not_shown(begin: Begin, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HEADROOM_HF_API_KEY", "open\r\nX-More: sesame")
+    with pytest.raises(ValueError, match="HEADROOM_HF_API_KEY: holds a line break") as caught:
+        begin("hf", requests=1)
+    assert "sesame" not in str(caught.value)
+
+
 def test_the_next_turn_of_a_conversation_waits_for_the_answer_and_holds_it(begin: Begin, kept: Kept) -> None:
     Handler.answered = 1
     run = begin("hf", requests=5, workload="synthetic", turns=2, input_mean=8, output_mean=4)

@@ -89,7 +89,7 @@ class Server:
                 connection, _ = self._listener.accept()
             except OSError:  # the test is over
                 return
-            with suppress(ssl.SSLError), self._encrypted(connection) as connection:
+            with suppress(ssl.SSLError, BrokenPipeError), self._encrypted(connection) as connection:
                 self._answer(number, connection, answers)
             self.closed[number].set()
 

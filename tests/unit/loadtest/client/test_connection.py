@@ -375,14 +375,23 @@ def test_a_huge_event_is_read_and_an_endless_answer_is_not(
     assert "larger than" in str(record.error_detail)
 
 
-def test_a_stream_without_a_byte_for_too_long_is_a_timeout_before_the_deadline(serve: Serve, connect: Connect) -> None:
+def test_a_stream_without_data_for_too_long_is_a_timeout_before_the_deadline(serve: Serve, connect: Connect) -> None:
     server = serve([[]])
-    server.scripts[0][0] = [head() + chunked(FIRST)[:-5], pause, b"3\r\n:x\n\r\n", server.wait]
+    server.scripts[0][0] = [head() + chunked(FIRST)[:-5], pause, chunked(FIRST)[:-5], server.wait]
     begun = time.monotonic_ns()
     exchange = post(connect(server.url, timeout=30, token_timeout=0.2))
     assert exchange.error == "timeout"
     assert "0.2 s" in str(exchange.error_detail)
     assert 0.25e9 <= exchange.end_ns - begun < 3e9
+
+
+def test_comments_are_no_sign_of_life(serve: Serve, connect: Connect) -> None:
+    pings = [pause, b"8\r\n: ping\n\n\r\n"] * 40
+    server = serve([[head() + chunked(FIRST)[:-5], *pings, chunked(LAST)]])
+    exchange = post(connect(server.url, timeout=30, token_timeout=0.3))
+    assert (exchange.error, exchange.error_detail) == ("timeout", "no data came for 0.3 s")
+    assert exchange.end_ns - exchange.sent_ns < 1.5e9
+    assert len(list(exchange.events())) == 1
 
 
 def test_a_refusal_before_the_request_was_read_is_seen(serve: Serve, connect: Connect) -> None:

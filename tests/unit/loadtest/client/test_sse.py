@@ -6,7 +6,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from loadtest.client.sse import read_events, read_pieces
+from loadtest.client.sse import holds_data, read_events, read_pieces
 
 STREAM = "data: é€😀\n\n: comment\n\nevent: x\ndata: one\ndata:two\n\ndata: [DONE]\n\n"
 STREAM_EVENTS = ["é€😀", "one\ntwo", "[DONE]"]
@@ -91,3 +91,28 @@ def test_an_event_without_its_empty_line_is_not_given() -> None:
 )
 def test_the_examples_of_the_standard_are_read_as_it_says(stream: str, events: list[str]) -> None:
     assert decode(stream.encode()) == events
+
+
+@pytest.mark.parametrize("ending", ["\n", "\r\n"])
+def test_a_byte_order_mark_is_no_part_of_the_first_event(ending: str) -> None:
+    stream = "\ufeffdata: a\n\ndata: b\n\n".replace("\n", ending).encode()
+    second = stream.index(b"data: b")
+    assert list(read_events(stream)) == [(second, b"a"), (len(stream), b"b")]
+    assert list(read_pieces([(1, stream[:2]), (2, stream[2:second]), (3, stream[second:])])) == [(2, b"a"), (3, b"b")]
+    assert list(read_pieces([(1, b"data: a\n\n"), (2, "\ufeffdata: b\n\n".encode())])) == [(1, b"a")]
+
+
+@pytest.mark.parametrize(
+    ("piece", "holds"),
+    [
+        (b"data: a\n\n", True),
+        (b": ping\n\n", False),
+        (b":\r\n\r\n", False),
+        (b"event: ping\nid: 1\n\n", False),
+        (b": ping\n\ndata: a\n\n", True),
+        (b"the rest of a large event", True),
+        (b"", False),
+    ],
+)
+def test_comments_and_other_fields_hold_no_data(piece: bytes, holds: bool) -> None:
+    assert holds_data(piece) is holds

@@ -379,18 +379,20 @@ def test_requests_are_the_same_however_their_bytes_are_cut(cuts: list[int], coun
     assert all(request.method == "POST" and request.keep_alive for request in found)
 
 
-@given(st.integers(1, 60), st.integers(1, 70), st.booleans(), st.booleans(), st.booleans())
+@given(st.integers(1, 60), st.integers(1, 70), st.booleans(), st.booleans(), st.booleans(), st.booleans())
 def test_an_answer_holds_every_token_once(
-    tokens: int, per_chunk: int, is_chat: bool, usage: bool, continuous: bool
+    tokens: int, per_chunk: int, is_chat: bool, usage: bool, continuous: bool, ids: bool
 ) -> None:
     options = {"include_usage": usage, "continuous_usage_stats": continuous}
-    content = (chat if is_chat else body)(max_tokens=tokens, stream_options=options)
+    content = (chat if is_chat else body)(max_tokens=tokens, stream_options=options, return_token_ids=ids)
     answer = Answer(read_ask(json.dumps(content).encode(), is_chat), 7, 0, per_chunk, keep_alive=True)
     pieces = list(answer.pieces)
     found = events(b"".join(pieces))
     texts = [c.get("text") or c["delta"]["content"] for event in found for c in event["choices"]]
     assert len(pieces) == Schedule(0, 0, per_chunk).chunks(tokens) == len(texts)
     assert "".join(texts) == " token" * tokens
+    told = [len(c["token_ids"]) for event in found for c in event["choices"] if "token_ids" in c]
+    assert told == ([text.count(" token") for text in texts] if ids else [])
     assert [event["usage"]["completion_tokens"] for event in found if "usage" in event][-1:] == [tokens][: int(usage)]
 
 
