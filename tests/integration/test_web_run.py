@@ -35,7 +35,7 @@ def site(reference: str, tmp_path: Path) -> Iterator[str]:
     web, nowhere = free_ports(2)
     ours = {key: value for key, value in os.environ.items() if not key.startswith(("HEADROOM_", "LOCUST_"))}
     command = [sys.executable, "-m", "locust", "-f", str(ROOT / "loadtest/locustfile.py"), "--web-port", str(web)]
-    command += ["--hf-url", reference, "--vllm-url", f"http://127.0.0.1:{nowhere}"]
+    command += ["--hf-url", reference, "--vllm-url", f"http://127.0.0.1:{nowhere}", "--model", "reference"]
     with ExitStack() as stack:
         log = stack.enter_context((tmp_path / "log").open("w"))
         process = subprocess.Popen(command, cwd=tmp_path, env=ours, stdout=log, stderr=log)
