@@ -24,6 +24,8 @@ ASK, ANSWER, TELL = "headroom_ask", "headroom_answer", "headroom_tell"
 ASK_SECONDS, FIRST_ASK_SECONDS, ANSWER_SECONDS = 1.0, 0.02, 2.0
 # A master that has not heard of a worker for so long says so; both take the other for lost after the longer time.
 SILENT_SECONDS, LOST_SECONDS = 3.0, 10
+# How long the end of a worker waits for a master that takes nothing more.
+LEAVE_SECONDS = 2.0
 
 
 def settle_timeouts() -> None:
@@ -58,6 +60,16 @@ class WorkerEnd:
         self._kept.append({"run": self._run, "number": self._told, "kind": kind, "data": data})
         self._told += 1
         self._runner.send_message(TELL, self._kept[-1])
+
+    def close(self) -> None:
+        """Wait until what was told has left this process, where the master still takes it; nothing follows.
+
+        pyzmq does not: what its thread has not sent when the interpreter ends is lost.
+        """
+        self._asking.kill()
+        connection = self._runner.client.socket
+        connection.close(linger=int(LEAVE_SECONDS * 1000))
+        connection.context.term()
 
     @property
     def is_cut_off(self) -> bool:

@@ -257,6 +257,7 @@ def install(environment: Environment, watcher: Watcher) -> Coordinator:
         events.quitting.add_listener(lambda **_: _say_why(environment, link))
         # Before Locust's own listener, which says goodbye: the master waits for the figures of those that are there.
         events.quitting.add_listener(lambda **_: runner.stop())
+        events.quit.add_listener(lambda **_: link.close())
     elif isinstance(runner, MasterRunner):
         events.test_start.add_listener(lambda **_: _share_out(environment, runner, coordinator))
         events.test_stop.add_listener(
