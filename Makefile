@@ -1,21 +1,36 @@
-# The environment is made once in .venv and reused. DEVICE and PYTHON can be given: make compare DEVICE=cpu
+# The environment is made once in .venv and reused. DEVICE, DOCKER and PYTHON can be given: make compare DEVICE=cpu
 PYTHON ?= python3
 DEVICE ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
 BIN := .venv/bin
 READY := .venv/ready-$(DEVICE)
 ARGS ?=
-DOCKER_RUNS := docker info >/dev/null 2>&1 && docker compose version >/dev/null 2>&1
+ifndef DOCKER
+DOCKER := $(shell docker info >/dev/null 2>&1 && docker compose version >/dev/null 2>&1 && echo yes || echo no)
+endif
+COMPOSE := docker compose $(if $(filter gpu,$(DEVICE)),-f docker-compose.yml -f docker-compose.gpu.yml)
 
 $(if $(filter cpu gpu,$(DEVICE)),,$(error DEVICE=$(DEVICE): expected cpu or gpu))
+$(if $(filter yes no,$(DOCKER)),,$(error DOCKER=$(DOCKER): expected yes or no))
 
-.PHONY: compare up worker test check install clean
+.PHONY: compare up down worker test check install clean
 .DELETE_ON_ERROR:
 
 compare: $(READY)  ## compare both servers on this machine; options: make compare ARGS="--model random:gpt2"
 	@$(BIN)/headroom compare $(ARGS)
 
-up: $(READY)  ## both servers, the monitor and Locust's web UI, until Ctrl-C
+ifeq ($(DOCKER),yes)
+up:  ## all services in containers, on the GPUs where there are some; settings are in .env
+	$(if $(ARGS),$(error ARGS: $(ARGS): these are options of headroom up, without Docker: make up DOCKER=no))
+	$(COMPOSE) up --detach --wait
+	@echo "Locust: http://$$($(COMPOSE) port locust 8089)   Prometheus: http://$$($(COMPOSE) port prometheus 9090)" \
+		"  Grafana: http://$$($(COMPOSE) port grafana 3000)   stop everything: make down"
+
+down:  ## stop what `make up` started in containers
+	$(COMPOSE) down
+else
+up: $(READY)  ## both servers, the monitor and Locust's web UI on this machine, until Ctrl-C
 	@$(BIN)/headroom up $(ARGS)
+endif
 
 PORT ?= 5557
 worker: .venv/ready-worker  ## send requests for a load test whose master is on another host: make worker MASTER=host
@@ -27,12 +42,12 @@ worker: .venv/ready-worker  ## send requests for a load test whose master is on 
 test: check  ## everything that must pass: lint, types, unit tests, tests with the real servers
 	$(BIN)/pytest tests/unit -n 2 --dist loadfile --no-loadscope-reorder
 	$(BIN)/pytest tests/integration
-	@if $(DOCKER_RUNS); then $(MAKE) test-system; else \
-		echo "Not run: tests/system, which needs Docker with Compose v2; where that is: make test-system"; fi
+	$(if $(filter yes,$(DOCKER)),@$(MAKE) test-system,\
+		@echo "Not run: tests/system, which needs Docker with Compose v2; where that is: make test-system")
 
 .PHONY: test-system
 test-system: .venv/ready-dev  ## the containers: built, brought up, loaded, killed
-	@$(DOCKER_RUNS) || { docker info; docker compose version; echo "make test-system needs both to answer" >&2; exit 1; }
+	@test $(DOCKER) = yes || { docker info; docker compose version; echo "make test-system needs both" >&2; exit 1; }
 	$(BIN)/pytest tests/system
 
 check: .venv/ready-dev

@@ -26,6 +26,19 @@ def test_compose_takes_the_files(files: list[str], settings: str, tmp_path: Path
     assert {"hf", "vllm", "monitor", "locust", "locust-worker", "headroom"} <= set(services.split())
 
 
+@pytest.mark.parametrize(
+    ("given", "begins"),
+    [
+        (["DEVICE=cpu"], "docker compose up --detach --wait"),
+        (["DEVICE=gpu"], "docker compose -f docker-compose.yml -f docker-compose.gpu.yml up --detach --wait"),
+        (["DEVICE=cpu", "DOCKER=no", "-o", ".venv/ready-cpu"], ".venv/bin/headroom up"),
+    ],
+)
+def test_make_up_picks_by_what_the_machine_has(given: list[str], begins: str) -> None:
+    planned = " ".join(run("make", "-n", "up", *given).split())
+    assert planned.startswith(begins), planned
+
+
 @pytest.mark.parametrize(("image", "dockerfile"), [("headroom-locust", "loadtest"), ("headroom-monitor", "monitor")])
 def test_an_image_is_small(built: Compose, image: str, dockerfile: str, capsys: pytest.CaptureFixture[str]) -> None:
     base = next(re.finditer(r"^FROM (\S+)", (built.folder / dockerfile / "Dockerfile").read_text(), re.MULTILINE))[1]

@@ -5,6 +5,7 @@ In this order: what a test kills or scales the next one has back.
 
 import json
 import re
+import time
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -19,6 +20,8 @@ from loadtest.records import Record, read
 from tests.system.compose import ROOT, Compose, service_of, until
 
 START_SECONDS, RECOVERY_SECONDS = 300, 120
+# Enough that most scrapes find a request under way, and less than the slowest server can do.
+LOAD = {"rate": 2, "output_mean": 60}
 DASHBOARDS = sorted((ROOT / "deploy/grafana/dashboards").glob("*.json"))
 QUERIES = [
     pytest.param(target["expr"], target["legendFormat"], id=f"{path.stem}: {panel['title']}: {target['refId']}")
@@ -87,7 +90,7 @@ def run_that_goes_on(stack: Compose) -> None:
     if numbers(stack)["running"]:
         return
     before = latest_run(stack)
-    start(stack, arrival="poisson", rate=2, output_mean=20)
+    start(stack, arrival="poisson", **LOAD)
     until(lambda: latest_run(stack) != before, 20, lambda: before)
     until(lambda: {target for target, _ in keys(stack)} == {"hf", "vllm"}, 60, lambda: numbers(stack))
 
@@ -132,8 +135,8 @@ def test_a_run_from_the_web_ui_shows_both_servers(stack: Compose, page: Page) ->
     page.goto(stack.url("locust"))
     page.get_by_text("Custom parameters").click()
     page.get_by_label(re.compile("^Arrival")).select_option("poisson")
-    page.get_by_label(re.compile("^Rate")).fill("2")
-    page.get_by_label(re.compile("^Output Mean")).fill("20")
+    page.get_by_label(re.compile("^Rate")).fill(str(LOAD["rate"]))
+    page.get_by_label(re.compile("^Output Mean")).fill(str(LOAD["output_mean"]))
     page.get_by_role("button", name="Start").click()
     expect(page.get_by_role("button", name="Stop")).to_be_visible()
     page.get_by_role("link", name="Servers: live charts").click()
@@ -232,12 +235,56 @@ def test_chats_have_the_tokenizer_of_the_servers_model(stack: Compose) -> None:
     assert sorted(map(int, filter(None, counts["hf"]))) == sorted(map(int, filter(None, counts["vllm"])))
 
 
-@pytest.mark.parametrize("service", ["hf", "vllm", "monitor", "locust", "locust-worker", "prometheus", "grafana"])
 @pytest.mark.usefixtures("run_that_goes_on")
-def test_a_service_that_is_killed_under_load_comes_back(stack: Compose, service: str) -> None:
+@pytest.mark.parametrize("service", ["monitor", "prometheus", "grafana"])
+def test_what_watches_comes_back_when_it_is_killed(stack: Compose, service: str) -> None:
     if service in stack.left_out:
         pytest.skip(f"the image of {service} is not on this machine")
     kill_and_wait(stack, service)
+
+
+@pytest.mark.usefixtures("run_that_goes_on")
+@pytest.mark.parametrize("service", ["hf", "vllm"])
+def test_a_server_that_is_killed_under_load_comes_back_and_its_failures_are_records(
+    stack: Compose, service: str
+) -> None:
+    since = time.monotonic_ns()
+    kill_and_wait(stack, service)
+
+    def targets(failed: bool, sent_after: int) -> set[str]:
+        return {each.target for each in records_of(stack) if each.sent_ns > sent_after and bool(each.error) == failed}
+
+    assert targets(failed=True, sent_after=since) == {service}
+    back = time.monotonic_ns()
+    until(lambda: targets(failed=False, sent_after=back) == {"hf", "vllm"}, 60, lambda: numbers(stack))
+
+
+@pytest.mark.usefixtures("run_that_goes_on")
+def test_a_killed_worker_is_named_and_what_it_had_ended_is_kept(stack: Compose) -> None:
+    ended = keys(stack)
+    kill_and_wait(stack, "locust-worker")
+    stop(stack)
+    summary = latest_run(stack) / "client.json"
+    until(summary.exists, 30, lambda: stack.run("logs", "--tail", "20", "locust"))
+    said = json.loads(summary.read_text())
+    assert len(said["lost_workers"]) == 1
+    assert not said["valid"]
+    assert not said["complete"]
+    assert any("lost_workers" in reason for reason in said["reasons"])
+    assert keys(stack) >= ended
+
+
+@pytest.mark.usefixtures("run_that_goes_on")
+def test_a_killed_master_loses_no_record_that_it_had_and_its_workers_find_it_again(stack: Compose) -> None:
+    run, ended = latest_run(stack), keys(stack)
+    kill_and_wait(stack, "locust")
+    assert latest_run(stack) == run
+    assert keys(stack) >= ended
+    assert not (run / "client.json").exists()  # so it is a run that did not end
+    start(stack, arrival="poisson", rate=6, requests=10, output_mean=10)
+    until(lambda: not numbers(stack)["running"], 60, lambda: numbers(stack))
+    assert latest_run(stack) != run
+    assert len(keys(stack)) == 20
 
 
 def test_all_of_it_goes_when_it_is_taken_down(stack: Compose) -> None:
