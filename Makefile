@@ -21,6 +21,7 @@ compare: $(READY)  ## compare both servers on this machine; options: make compar
 ifeq ($(DOCKER),yes)
 up:  ## all services in containers, on the GPUs where there are some; settings are in .env
 	$(if $(ARGS),$(error ARGS: $(ARGS): these are options of headroom up, without Docker: make up DOCKER=no))
+	$(COMPOSE) --profile command build
 	$(COMPOSE) up --detach --wait
 	@echo "Locust: http://$$($(COMPOSE) port locust 8089)   Prometheus: http://$$($(COMPOSE) port prometheus 9090)" \
 		"  Grafana: http://$$($(COMPOSE) port grafana 3000)   stop everything: make down"
@@ -29,6 +30,7 @@ down:  ## stop what `make up` started in containers
 	$(COMPOSE) down
 else
 up: $(READY)  ## both servers, the monitor and Locust's web UI on this machine, until Ctrl-C
+	@echo "Docker with Compose v2 does not answer, or DOCKER=no: without containers, Prometheus and Grafana."
 	@$(BIN)/headroom up $(ARGS)
 endif
 
@@ -41,7 +43,8 @@ worker: .venv/ready-worker  ## send requests for a load test whose master is on 
 
 test: check  ## everything that must pass: lint, types, unit tests, tests with the real servers
 	$(BIN)/pytest tests/unit -n 2 --dist loadfile --no-loadscope-reorder
-	$(BIN)/pytest tests/integration
+	$(BIN)/pytest tests/integration -m "not alone" -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/pytest tests/integration -m alone
 	$(if $(filter yes,$(DOCKER)),@$(MAKE) test-system,\
 		@echo "Not run: tests/system, which needs Docker with Compose v2; where that is: make test-system")
 

@@ -40,7 +40,7 @@ def _init(environment: Environment, **_: Any) -> None:
     environment.events.test_start.add_listener(lambda **_: live.reset())
     coordinator = workers.install(environment, Table(environment, live))
     if environment.web_ui and environment.web_ui.app:
-        environment.web_ui.app.before_request(lambda: _check_form(environment))
+        environment.web_ui.app.before_request(lambda: _check_form(environment, coordinator))
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         _heed_one_interrupt()
 
@@ -72,7 +72,7 @@ def _leave(message: str) -> NoReturn:
     sys.exit(workers.BAD_OPTIONS)
 
 
-def _check_form(environment: Environment) -> flask.Response | None:
+def _check_form(environment: Environment, coordinator: workers.Coordinator) -> flask.Response | None:
     """Refuse a form with a bad value before Locust reads it; the page shows the message."""
     form = flask.request.form
     if not flask.request.path.endswith("/swarm"):
@@ -85,6 +85,8 @@ def _check_form(environment: Environment) -> flask.Response | None:
             raise ValueError(f"host: {form['host']!r}: leave it empty; each user class has a server: hf_url, vllm_url")
         _check_files(options)
         if environment.runner and environment.runner.state not in (STATE_SPAWNING, STATE_RUNNING):
+            if not coordinator.wait_until_over():
+                raise ValueError("the last test has not come to its end: start the next one later")
             _check_start(options, form)
     except ValueError as error:
         return flask.jsonify({"success": False, "message": str(error), "host": None})

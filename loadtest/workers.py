@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import gevent
+from gevent.event import Event
 from locust import User
 from locust.dispatch import UsersDispatcher
 from locust.env import Environment
@@ -32,6 +33,8 @@ RECORDS, DONE, FINISHED = "records", "done", "finished"
 BAD_OPTIONS, RECORDS_LOST, WORKERS_LOST, CUT_OFF = 2, 3, 4, 5
 FINISH_SECONDS, ASK_AGAIN_SECONDS = 10.0, 2.0
 WATCH_SECONDS = 0.5
+# Locust's master gives its workers a minute to stop.
+OVER_SECONDS = 60 + FINISH_SECONDS + 5
 
 
 class Sender:
@@ -71,6 +74,8 @@ class Coordinator:
         self._lost: set[str] = set()
         self._kept: Counter[str] = Counter()
         self._watcher: gevent.Greenlet[..., None] | None = None
+        self._over = Event()
+        self._over.set()
 
     @property
     def path(self) -> Path | None:
@@ -83,6 +88,7 @@ class Coordinator:
         Raises OSError, ValueError for a server that does not say its model, TimeoutError for a worker without a clock.
         """
         self.forget()
+        self._over.clear()
         models = first_models(options, targets)
         offsets = self._link.compare_clocks(senders) if self._link else {}
         self._keeper = Keeper(options)
@@ -105,6 +111,15 @@ class Coordinator:
     def forget(self) -> None:
         """Have nothing to finish: no run, or one that did not begin."""
         self._keeper, self._ranks, self._failed = None, {}, False
+        self._over.set()
+
+    def wait_until_over(self) -> bool:
+        """Wait until the files of the latest run are closed; False when it takes longer than it may.
+
+        Locust's master says that it has stopped up to a second before. It would wait for the users of a run that begins
+        by then to stop too, give up after a minute, and finish that run.
+        """
+        return self._over.wait(OVER_SECONDS)
 
     def hear(self, node: str, kind: str, data: Any) -> None:
         """Take what a sender tells."""
@@ -148,6 +163,7 @@ class Coordinator:
                 break
             gevent.sleep(0.02)
         self._close()
+        self._over.set()
         if self._link:
             self._link.end()
         if self._lost:

@@ -130,6 +130,8 @@ def _written(shape: str, cache: Path) -> Path:
         # In a process of its own: torch would stay in the memory of a launcher that never uses it again.
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
             pool.submit(write, shape, draft).result()
+        for file in draft.iterdir():
+            file.chmod(0o644)  # safetensors keeps its own for whoever wrote it; the other server may be another user
         draft.rename(folder)
     except OSError:
         shutil.rmtree(draft, ignore_errors=True)

@@ -15,7 +15,10 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 class ServerSettings(BaseSettings):
     """The options that mean the same on both servers."""
 
-    model_config = SettingsConfigDict(cli_kebab_case=True, cli_implicit_flags=True, cli_hide_none_type=True)
+    # A variable that is set to nothing, as a line of .env may, is as good as none.
+    model_config = SettingsConfigDict(
+        cli_kebab_case=True, cli_implicit_flags=True, cli_hide_none_type=True, env_ignore_empty=True
+    )
 
     model: str = Field("random:tiny", description="a Hugging Face id, a folder, or random:SHAPE")
     host: str = Field("127.0.0.1", description="address to listen on")

@@ -5,7 +5,7 @@ import hashlib
 import json
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from experiment.environment import boot_id, describe
 from experiment.plan.plan import Plan
 from experiment.run.cell import write_json
 from experiment.run.cells import is_complete
+from experiment.run.stack import get
 
 JSON = dict[str, Any]
 
@@ -29,8 +30,20 @@ def begin(folder: Path, plan: Plan) -> None:
     (folder / "logs").mkdir(parents=True)
     (folder / "cells").mkdir()
     write_json(folder / "plan.json", plan.model_dump())
-    write_json(folder / "environment.json", describe() | {"parts": [_part(folder)]})
+    machine = describe()
+    machine["packages"] |= _told_by_servers(plan)
+    write_json(folder / "environment.json", machine | {"parts": [_part(folder)]})
     write_status(folder, "running", "the run did not come to its end")
+
+
+def _told_by_servers(plan: Plan) -> dict[str, str]:
+    """Versions of servers that run already, maybe elsewhere: what is installed here says nothing of them."""
+    found: dict[str, str] = {}
+    for target in plan.targets:
+        with suppress(ValueError, AttributeError):  # it has no such page, or another one
+            told = json.loads((get(f"{target.url}/version") if target.url else None) or b"{}")
+            found |= {f"{target.name}'s {what}": str(value) for what, value in told.items()}
+    return found
 
 
 def read(folder: Path) -> tuple[Plan, int]:

@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.metadata import version
 
 from aiohttp import web
 from prometheus_client import CollectorRegistry
@@ -99,6 +100,7 @@ def make_app(service: Service) -> web.Application:
             web.post("/v1/chat/completions", _chat),
             web.get("/v1/models", _models),
             web.get("/health", _health),
+            web.get("/version", _version),
             web.get("/metrics", _metrics),
         ]
     )
@@ -146,6 +148,11 @@ async def _errors(
 async def _health(request: web.Request) -> web.Response:
     healthy = request.app[SERVICE].engine.alive and not request.app[GATE].closed
     return web.Response(status=200 if healthy else 503)
+
+
+async def _version(_: web.Request) -> web.Response:
+    """Say what serves, as vLLM's server does of itself."""
+    return web.json_response({name: version(name) for name in ("transformers", "torch")})
 
 
 async def _metrics(request: web.Request) -> web.Response:

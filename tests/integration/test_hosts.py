@@ -23,6 +23,8 @@ from loadtest.records import Record, count, read
 from tests.integration.harness import free_ports
 from tests.integration.network import Host, ip, unavailable
 
+pytestmark = pytest.mark.alone
+
 ROOT = Path(__file__).parents[2]
 LOCUST = [sys.executable, "-m", "locust", "-f", str(ROOT / "loadtest" / "locustfile.py")]
 LOST, CUT_OFF = 4, 5

@@ -1,8 +1,9 @@
-"""Locust, as anyone can use it alone, against both real servers."""
+"""Against both real servers, which are up already: Locust, as anyone can use it alone, and a comparison."""
 
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from experiment.run.stack import Stack
 from loadtest import records
 from loadtest.selfcheck import LEAST_SECONDS
+from tests.integration.harness import Compare
 
 LOCUSTFILE = Path(records.__file__).with_name("locustfile.py")
 
@@ -72,3 +74,15 @@ def test_requests_past_the_context_are_records_of_kind_http_4xx(stack: Stack, tm
     assert [(r.error, r.status) for r in found] == [("http_4xx", 400)] * 4
     assert all(r.ttft_seconds is None and r.e2e_seconds is None for r in found)
     assert all("2048" in str(r.error_detail) for r in found)
+
+
+def test_servers_at_their_urls_are_used_and_stay_up(compare: Callable[..., Compare], stack: Stack) -> None:
+    urls = [{"name": name, "kind": name, "url": stack.programs[name].url} for name in ("hf", "vllm")]
+    urls.append({"name": "other", "kind": "url", "url": stack.programs["vllm"].url})
+    run = compare(targets=urls, levels=[2], vllm_args="", monitor_url=stack.programs["monitor"].url)
+    code, output = run.finish()
+    assert code == 0, output
+    stack.check()
+    summary = json.loads((run.folder / "summary.json").read_text())
+    assert list(summary["levels"][0]["targets"]) == ["hf", "vllm", "other"]
+    assert {gate["id"]: gate["passed"] for gate in summary["gates"]}["same-work"]

@@ -9,6 +9,8 @@ import pytest
 
 from experiment.run.stack import Stack, get
 
+pytestmark = pytest.mark.alone
+
 
 def samples(stack: Stack, seconds: float) -> pa.Table:
     since = time.monotonic_ns()

@@ -11,6 +11,8 @@ import pytest
 
 from tests.fake_nvml.fake import FOREVER, GIB, SECOND, Metrics, MonitorProcess, Script, build
 
+pytestmark = pytest.mark.alone
+
 LOST, RESET_REQUIRED, UNINITIALIZED, NOT_LOADED, NO_PERMISSION, UNKNOWN = 15, 16, 1, 9, 4, 999
 VALUES = {
     "reserved": GIB,

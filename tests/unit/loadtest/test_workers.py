@@ -207,6 +207,25 @@ def test_workers_whose_run_is_stopped_in_the_web_ui_are_not_lost_and_serve_the_n
     assert json.loads((fleet.folder / "next.json").read_text())["complete"] is True
 
 
+def test_a_run_that_is_started_as_soon_as_the_last_has_stopped_waits_until_that_is_over(deploy: Deploy) -> None:
+    port = free_port()
+    # In an open loop users are there until they are stopped, and Locust's master looks once a second whether they are.
+    open_loop = "--arrival constant --rate 40 --requests 40 --output-mean 5"
+    fleet = deploy(1, f"--autostart --web-port {port} --users 2 --spawn-rate 9 {open_loop} HF")
+    web, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 120
+    while not (fleet.folder / "records.arrow").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    while httpx.get(f"{web}/stats/requests").json()["state"] != "stopped":
+        assert time.monotonic() < deadline
+    form = {"user_count": 2, "spawn_rate": 9, "user_classes": "HF", "requests": 20, "records": "next.arrow"}
+    assert httpx.post(f"{web}/swarm", data=form, timeout=60).json()["success"]
+    assert fleet.client()["complete"] is True
+    while not (fleet.folder / "next.json").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
 def test_a_worker_that_is_stopped_before_its_part_is_done_is_lost_too(deploy: Deploy) -> None:
     fleet = deploy(2, "--arrival constant --rate 20 --duration 6 --output-mean 5 HF")
     fleet.wait_for_records(40)

@@ -9,6 +9,7 @@ from typing import Any
 import aiohttp
 import pytest
 import torch
+import transformers
 
 from tests.unit.servers.harness import ENDLESS, HELLO, JSON, PROMPT, RUNGS, Serve, Server, each_rung, said, serving
 
@@ -260,6 +261,11 @@ async def test_a_body_that_is_no_request_is_a_400(sequential: Server, body: byte
 async def test_the_model_and_its_context_are_listed(sequential: Server) -> None:
     listed = await (await sequential.client.get("/v1/models")).json()
     assert [(model["id"], model["max_model_len"]) for model in listed["data"]] == [("random:tiny", 2048)]
+
+
+async def test_it_says_what_serves(sequential: Server) -> None:
+    told = await (await sequential.client.get("/version")).json()
+    assert told == {"transformers": transformers.__version__, "torch": torch.__version__}
 
 
 async def test_health_is_that_of_the_engine(server: Server) -> None:

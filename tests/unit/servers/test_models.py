@@ -1,6 +1,7 @@
 """What `--model` means, and the random-weight models that are written for it."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,20 @@ def test_a_model_that_is_written_twice_is_the_same_to_the_byte(tmp_path: Path) -
     written = contents(tmp_path / "one")
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(written)
     assert written == contents(tmp_path / "two")
+
+
+def test_a_server_of_another_user_can_read_a_model_that_was_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(models, "write", partial(_write_for_oneself, "model.safetensors"))
+    folder = Path(resolve("random:tiny", tmp_path).source)
+    assert folder.stat().st_mode & 0o055 == 0o055
+    assert (folder / "model.safetensors").stat().st_mode & 0o044 == 0o044
+
+
+def _write_for_oneself(name: str, shape: str, folder: Path) -> None:
+    """As safetensors does."""
+    (folder / name).touch(0o600)
 
 
 def test_writing_a_model_leaves_the_random_numbers_of_others_alone(tmp_path: Path) -> None:

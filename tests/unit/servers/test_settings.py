@@ -34,6 +34,13 @@ def test_options_come_from_the_command_line_then_the_environment_then_the_defaul
     assert (settings.model, settings.port, settings.max_model_len, settings.host) == ("gpt2", 2, 64, "127.0.0.1")
 
 
+def test_a_variable_that_is_set_to_nothing_is_as_good_as_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HEADROOM_TEST_KV_BUDGET", "")
+    monkeypatch.setenv("HEADROOM_TEST_MODEL", "")
+    settings = parse(Settings, "program", [])
+    assert (settings.kv_budget, settings.model) == (None, "random:tiny")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

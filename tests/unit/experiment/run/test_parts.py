@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 
 from experiment.analysis.results import load
-from experiment.plan.plan import Plan
+from experiment.plan.plan import Plan, Target
 from experiment.run import parts
 from experiment.run.parts import ResumeError
 from loadtest.records import Record
 from tests.unit.experiment.folders import PART, SECOND, change_json, change_records, make_folder, make_plan, write_kv
+from tests.unit.experiment.run.conftest import Serve
 
 
 @pytest.fixture
@@ -27,6 +28,15 @@ def make_cell(folder: Path, name: str, *, complete: bool) -> None:
 
 def test_a_run_that_was_stopped_goes_on_with_its_plan(folder: Path) -> None:
     assert parts.read(folder) == (make_plan(), 2)
+
+
+def test_servers_that_run_already_tell_what_they_are(tmp_path: Path, serve: Serve) -> None:
+    vllm, other, silent = serve({"/version": b'{"version": "9.9"}'}), serve({"/version": b"[1]"}), serve({})
+    urls = {"hf": silent, "vllm": vllm, "other": other, "gone": "http://127.0.0.1:9"}
+    targets = [Target(name=name, kind="url", url=url) for name, url in urls.items()]
+    parts.begin(tmp_path / "run", make_plan(targets=targets))
+    packages = json.loads((tmp_path / "run" / "environment.json").read_text())["packages"]
+    assert {name: value for name, value in packages.items() if "'s" in name} == {"vllm's version": "9.9"}
 
 
 def test_the_environment_does_not_change_the_plan_of_a_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -20,37 +19,9 @@ from experiment.run import stack
 from experiment.run.cells import Timeline
 from experiment.run.stack import Program, RunError, Stack
 from tests.unit.experiment.folders import make_plan
+from tests.unit.experiment.run.conftest import Serve
 
 PLAIN = "HTTP/1.1 200 OK\r\nConnection: close\r\n"
-Serve = Callable[[dict[str, bytes]], str]
-
-
-@pytest.fixture
-def serve() -> Iterator[Serve]:
-    """Start an HTTP server that answers each path with its body, and others with 404."""
-    servers: list[ThreadingHTTPServer] = []
-
-    def start(bodies: dict[str, bytes]) -> str:
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                body = bodies.get(self.path.split("?")[0])
-                self.send_response(404 if body is None else 200)
-                self.send_header("Content-Length", str(len(body or b"")))
-                self.end_headers()
-                self.wfile.write(body or b"")
-
-            def log_message(self, *_: Any) -> None:
-                pass
-
-        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        servers.append(server)
-        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-        return f"http://127.0.0.1:{server.server_port}"
-
-    yield start
-    for server in servers:
-        server.shutdown()
-        server.server_close()
 
 
 @pytest.fixture
