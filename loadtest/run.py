@@ -1,6 +1,7 @@
 """One process's part of a run: hands out requests in order, sends them on time and passes the records on."""
 
 import gc
+import json
 import os
 import time
 from collections import Counter, defaultdict
@@ -11,9 +12,10 @@ from itertools import islice
 from typing import Any, Protocol, TypeVar
 
 import gevent
+from gevent.event import Event
 from gevent.pool import Group
 
-from loadtest.alarm import Alarm
+from loadtest.alarm import Alarm, Precedence
 from loadtest.client.connection import Connection, Exchange
 from loadtest.client.receiver import Receiver, make_room_for_connections
 from loadtest.client.tokens import excerpt, read_answer, read_stream
@@ -119,11 +121,13 @@ class Run:
         self._handed_out: Counter[str] = Counter()
         self._ended: Counter[str] = Counter()
         self._measuring = False
+        self._precedence = Precedence()
         self._planned = {
             target: None if self._total is None else share.size(self._total, options.turns)
             for target, share in shares.items()
         }
         self._pending: list[Record] = []
+        self._full = Event()
         # A larger collection walks all that Locust has loaded, or all requests in flight: the loop would stand still
         # for tens of milliseconds each time. Nothing here makes cycles that grow old.
         gc.collect()
@@ -151,28 +155,32 @@ class Run:
         self._handed_out[target] += min(request.turns, total - request.index)
         return request
 
-    def perform(self, target: str, request: Request, scheduled_ns: int | None = None) -> None:
+    def perform(self, target: str, request: Request, body: bytes = b"", scheduled_ns: int | None = None) -> None:
         """Send one request, and those that follow it in its conversation; their records are kept.
 
-        Also when the greenlet is killed while it waits.
+        Also when the greenlet is killed while it waits. In an open loop its `body` is made before it is due.
         """
         turn: Request | None = request
         while turn and not self._is_past_end(turn):
-            exchange = self._send(target, turn, scheduled_ns)
-            scheduled_ns = None  # the next turn waits for the answer and for nothing else
+            exchange = self._send(target, turn, body or self._body(target, turn), scheduled_ns)
+            # The next turn waits for the answer and for nothing else.
+            body, scheduled_ns = b"", None
             try:
                 turn = next_turn(self.options, turn, read_answer(exchange.events())) if turn.turns > 1 else None
             except ValueError as error:
                 self._on_end(error)
                 return
 
-    def _send(self, target: str, request: Request, scheduled_ns: int | None) -> Exchange:
+    def _body(self, target: str, request: Request) -> bytes:
+        model = self.options.model or self._part.models[target]
+        chat = self.options.endpoint == "chat"
+        return json.dumps(request.chat_body(model) if chat else request.body(model)).encode()
+
+    def _send(self, target: str, request: Request, body: bytes, scheduled_ns: int | None) -> Exchange:
         if not self._measuring and self._phase(request) == "measured":
             self._measuring = True
             self._self_check.begin()
         connection = self._idle[target].pop() if self._idle[target] else self._connect(target)
-        model = self.options.model or self._part.models[target]
-        body = request.chat_body(model) if self.options.endpoint == "chat" else request.body(model)
         path = PATHS[self.options.endpoint]
         if self._watcher:
             self._watcher.begin(target)
@@ -183,25 +191,24 @@ class Run:
             exchange = connection.post(path, body, f"{self._part.run_id}-{request.index}-{retries}")
         exchange.sent_ns = first_ns
         self._idle[target].append(connection)
+        try:
+            if scheduled_ns is not None and request.turns == 1:
+                self._precedence.wait()
+        finally:  # killed meanwhile, it is a record all the same
+            self._record(target, request, exchange, scheduled_ns=scheduled_ns, retries=retries)
+        if exchange.error == "cancelled":
+            raise gevent.GreenletExit
+        return exchange
+
+    def _record(self, target: str, request: Request, exchange: Exchange, **fields: int | None) -> None:
         key = api_key(target)
-        record = make_record(
-            request,
-            exchange,
-            secret=key,
-            target=target,
-            phase=self._phase(request),
-            worker=self._part.worker,
-            retries=retries,
-            scheduled_ns=scheduled_ns,
-        )
+        fields |= {"worker": self._part.worker}
+        record = make_record(request, exchange, secret=key, target=target, phase=self._phase(request), **fields)
         if record.error_detail and key:  # an error's own words may hold it too
             record = replace(record, error_detail=record.error_detail.replace(key, "***"))
         self._self_check.sent(record.late_seconds)
         self._self_check.received(record.chunk_ns)
         self._append(record)
-        if exchange.error == "cancelled":
-            raise gevent.GreenletExit
-        return exchange
 
     def close(self) -> dict[str, object]:
         """End what is under way, pass on the last records; returns what this process measured of itself."""
@@ -235,8 +242,12 @@ class Run:
                 if request is None:
                     break
                 due_ns = self._part.start_ns - self._part.clock_offset_ns + round(offset * 1e9)
-                alarm.wait_until(due_ns)
-                self._in_flight.start(self._watched(gevent.Greenlet(self.perform, target, request, due_ns)))
+                sending = self._watched(
+                    gevent.Greenlet(self.perform, target, request, self._body(target, request), due_ns)
+                )
+                with self._precedence.of(target, due_ns):
+                    alarm.wait_until(due_ns)
+                    self._in_flight.start(sending)
         self._plan(target)
 
     def _watched(self, greenlet: Any) -> Any:
@@ -264,7 +275,7 @@ class Run:
         if self._watcher:
             self._watcher.add(record)
         if len(self._pending) >= FLUSH_RECORDS:
-            self._flush()
+            self._full.set()
         self._end_if_done()
 
     def _end_if_done(self) -> None:
@@ -285,10 +296,14 @@ class Run:
         return True
 
     def _flush_regularly(self) -> None:
+        watched = time.monotonic()
         while True:
-            gevent.sleep(FLUSH_SECONDS)
+            self._full.wait(FLUSH_SECONDS)
+            self._full.clear()
+            self._precedence.wait()
             self._flush()
-            if self._watcher:
+            if self._watcher and time.monotonic() >= watched + FLUSH_SECONDS:
+                watched = time.monotonic()
                 self._watcher.client(*self._self_check.recent())
 
 

@@ -1,7 +1,6 @@
 """One streaming HTTP/1.1 client, made of gevent's sockets: what it receives is stamped first and read afterwards."""
 
 import errno
-import json
 import os
 import ssl
 from collections.abc import Iterator, Mapping
@@ -80,13 +79,13 @@ class Connection:
         self._socket: gevent.socket.socket | None = None
         self._tls: Tls | None = None
 
-    def post(self, path: str, body: dict[str, Any], request_id: str = "") -> Exchange:
+    def post(self, path: str, body: bytes, request_id: str = "") -> Exchange:
         """Send JSON and receive the whole answer; never raises: what the network or the server does is in the answer.
 
         The error kind is `cancelled` when the greenlet is killed meanwhile.
         """
         more = f"X-Request-Id: {request_id}\r\n" if request_id else ""
-        return self._exchange("POST", path, json.dumps(body).encode(), more)
+        return self._exchange("POST", path, body, more)
 
     def get(self, path: str) -> Exchange:
         """Fetch a path; errors as in `post`."""

@@ -35,7 +35,10 @@ Epoll = monkey.get_original("select", "epoll")
 # While that many answers stream, data is left to gather for this long: it is stamped already, and each waking up costs
 # as much as the reading of several segments.
 GATHER_STREAMS, GATHER_SECONDS = 64, 0.001
+# How long until every stream has been looked at for being late. With thousands a look at all takes a millisecond, in
+# which nothing is sent: while data gathers each gathering looks at some.
 SWEEP_SECONDS = 0.05
+GATHERINGS_A_SWEEP = round(SWEEP_SECONDS / GATHER_SECONDS)
 # A wall clock that moved by more between two readings was set.
 CLOCK_WAS_SET_NS = 1_000_000
 # Clocks that are read within this time are read at once.
@@ -84,6 +87,7 @@ class Receiver:
         self._gather = loop.timer(GATHER_SECONDS, GATHER_SECONDS)
         self._sweep = loop.timer(SWEEP_SECONDS, SWEEP_SECONDS)
         self._wait: Any = None  # the one of the first two that is on
+        self._unswept: list[Stream] = []
 
     def prepare(self, sock: socket.socket) -> None:
         """Make a connected socket ready: not blocking, stamped."""
@@ -120,13 +124,23 @@ class Receiver:
             return
         if self._wait:
             self._wait.stop()
-        if wait:
-            wait.start(self._receive_all)
-        if not self._wait:
-            self._sweep.start(self._end_late)
-        elif not wait:
             self._sweep.stop()
+        if wait is self._gather:
+            wait.start(self._receive_gathered)
+        elif wait:
+            wait.start(self._receive_all)
+            self._sweep.start(self._end_late)
         self._wait = wait
+
+    def _receive_gathered(self) -> None:
+        self._receive_all()
+        if not self._unswept:
+            self._unswept = list(self._streams.values())
+        size = 1 + len(self._streams) // GATHERINGS_A_SWEEP
+        some = self._unswept[-size:]
+        del self._unswept[-size:]
+        # Those that have ended since are not looked at.
+        self._end_late([stream for stream in some if self._streams.get(stream.sock.fileno()) is stream])
 
     def _receive_all(self) -> None:
         streams, offset_ns = self._streams, self._wall_offset()
@@ -171,15 +185,14 @@ class Receiver:
         self._wall_offset_ns = offset_ns
         return None if was_set else offset_ns
 
-    def _end_late(self) -> None:
-        """End the streams whose time is up."""
+    def _end_late(self, some: list[Stream] | None = None) -> None:
+        """End the streams whose time is up, of some or of all."""
         now_ns = self.clock()
-        for stream in list(self._streams.values()):
+        for stream in list(self._streams.values()) if some is None else some:
             stream.failure = _why_late(stream, now_ns)
-            if not stream.failure:
-                continue
-            self._forget(stream)
-            stream.done.set()
+            if stream.failure:
+                self._forget(stream)
+                stream.done.set()
 
     def _forget(self, stream: Stream) -> None:
         descriptor = stream.sock.fileno()

@@ -143,6 +143,8 @@ def test_a_run_from_the_web_ui_shows_both_servers(stack: Compose, page: Page) ->
     for server in ("hf", "vllm"):
         name = re.compile(rf"Time to first token.*, {server}:.*p50 .*\d")
         expect(page.get_by_role("img", name=name)).to_be_visible(timeout=60_000)
+    report = httpx.get(f"{stack.url('locust')}/stats/report", timeout=20).text
+    assert all(f'"name": "{server}"' in report for server in ("hf", "vllm"))
 
 
 @pytest.mark.usefixtures("run_that_goes_on")

@@ -1,5 +1,6 @@
 """A server on a real socket that sends what a script says, and what the tests of the client share."""
 
+import json
 import socket
 import ssl
 import struct
@@ -127,7 +128,7 @@ Connect = Callable[..., Connection]
 
 
 def post(connection: Connection) -> Exchange:
-    return connection.post("/v1/completions", REQUEST.body("m"))
+    return connection.post("/v1/completions", json.dumps(REQUEST.body("m")).encode())
 
 
 def record_of(exchange: Exchange) -> Record:

@@ -410,7 +410,7 @@ def test_a_refusal_before_the_request_was_read_is_seen(serve: Serve, connect: Co
         thread = threading.Thread(target=refuse)
         thread.start()
         connection = connect(f"http://127.0.0.1:{listener.getsockname()[1]}")
-        exchange = connection.post("/v1/completions", {"prompt": "x" * 20_000_000})
+        exchange = connection.post("/v1/completions", b"x" * 20_000_000)
         thread.join(5)
     assert (exchange.status, exchange.answer.body) == (413, b"too long")
 
