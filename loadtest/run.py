@@ -115,7 +115,7 @@ class Run:
             api_key(target)
         schedules = {target: schedule(options) for target in shares}
         self._requests = {t: WORKLOADS[options.workload](options, s.rank, s.of) for t, s in shares.items()}
-        self._receiver = Receiver(options.stamps)
+        self._receiver = Receiver(options.stamps, awaited=options.arrival == "closed" or options.turns > 1)
         self._idle: defaultdict[str, list[Connection]] = defaultdict(list)
         self._in_flight = Group()
         self._handed_out: Counter[str] = Counter()

@@ -19,7 +19,7 @@ from gevent import monkey
 from gevent.event import Event
 
 from loadtest.client.http import Answer
-from loadtest.client.sse import holds_data
+from loadtest.client.sse import holds_data, holds_several
 from loadtest.client.tls import Tls
 
 Clock = Literal["kernel", "user"]
@@ -33,10 +33,12 @@ ANCILLARY_BYTES = socket.CMSG_SPACE(TIMESPEC.size) if hasattr(socket, "CMSG_SPAC
 # gevent takes it away from programs, because it blocks; here it is only asked for what is there.
 Epoll = monkey.get_original("select", "epoll")
 # While that many answers stream, data is left to gather for this long: it is stamped already, and each waking up costs
-# as much as the reading of several segments.
-GATHER_STREAMS, GATHER_SECONDS = 64, 0.001
+# as much as the reading of several segments. Where nobody waits for an answer's end it may be longer, until events of
+# an answer come so fast that more than a share of the readings hold several, which then have one stamp.
+GATHER_STREAMS, GATHER_SECONDS, LONG_GATHER_SECONDS = 64, 0.001, 0.005
+JUDGED_READINGS, SEVERAL_SHARE = 256, 0.01
 # How long until every stream has been looked at for being late. With thousands a look at all takes a millisecond, in
-# which nothing is sent: while data gathers each gathering looks at some.
+# which nothing is sent: while data gathers each gathering looks at some, and a long one makes it 0.25 s.
 SWEEP_SECONDS = 0.05
 GATHERINGS_A_SWEEP = round(SWEEP_SECONDS / GATHER_SECONDS)
 # A wall clock that moved by more between two readings was set.
@@ -68,10 +70,11 @@ class Receiver:
     """Receives for all connections of a process; `clock` gives CLOCK_MONOTONIC ns.
 
     `stamps` says where the time of a piece of data comes from: the kernel, this process, or auto: the kernel where it
-    can. Raises ValueError when the kernel is asked for and cannot.
+    can. `awaited`: something goes on as soon as an answer has ended. Raises ValueError when the kernel is asked for and
+    cannot.
     """
 
-    def __init__(self, stamps: Stamps = "auto", clock: Callable[[], int] = time.monotonic_ns):
+    def __init__(self, stamps: Stamps = "auto", clock: Callable[[], int] = time.monotonic_ns, awaited: bool = True):
         if stamps == "kernel" and not kernel_stamps():
             raise ValueError("stamps: 'kernel': this system does not stamp received data; use auto or user")
         self.clock = clock
@@ -84,10 +87,17 @@ class Receiver:
         # Their callbacks run in gevent's loop itself: no switch to a greenlet for each piece of data.
         loop = gevent.get_hub().loop
         self._readable = loop.io(self._epoll.fileno(), 1)
-        self._gather = loop.timer(GATHER_SECONDS, GATHER_SECONDS)
+        self._short, self._long = (loop.timer(each, each) for each in (GATHER_SECONDS, LONG_GATHER_SECONDS))
+        self._gather = self._short if awaited else self._long
         self._sweep = loop.timer(SWEEP_SECONDS, SWEEP_SECONDS)
-        self._wait: Any = None  # the one of the first two that is on
+        self._wait: Any = None  # the one of these that is on and receives
+        self._readings = self._several = 0
         self._unswept: list[Stream] = []
+
+    @property
+    def gather_seconds(self) -> float:
+        """How long data is left to gather while many answers stream."""
+        return GATHER_SECONDS if self._gather is self._short else LONG_GATHER_SECONDS
 
     def prepare(self, sock: socket.socket) -> None:
         """Make a connected socket ready: not blocking, stamped."""
@@ -109,7 +119,7 @@ class Receiver:
 
     def close(self) -> None:
         """Give back what the system lent; no stream may be left."""
-        for watcher in (self._readable, self._gather, self._sweep):
+        for watcher in (self._readable, self._short, self._long, self._sweep):
             watcher.stop()
             watcher.close()
         self._epoll.close()
@@ -134,6 +144,11 @@ class Receiver:
 
     def _receive_gathered(self) -> None:
         self._receive_all()
+        if self._readings >= JUDGED_READINGS:
+            if self._several > SEVERAL_SHARE * self._readings:
+                self._gather = self._short
+                self._choose_wait()
+            self._readings = self._several = 0
         if not self._unswept:
             self._unswept = list(self._streams.values())
         size = 1 + len(self._streams) // GATHERINGS_A_SWEEP
@@ -144,7 +159,9 @@ class Receiver:
 
     def _receive_all(self) -> None:
         streams, offset_ns = self._streams, self._wall_offset()
-        for descriptor, _ in self._epoll.poll(0):
+        ready = self._epoll.poll(0)
+        self._readings += len(ready)
+        for descriptor, _ in ready:
             stream = streams[descriptor]
             answer = stream.answer
             try:
@@ -158,6 +175,7 @@ class Receiver:
                     data = stream.tls.decrypt(data)
                     if not data:
                         continue
+                self._several += holds_several(data)
                 if not data:
                     answer.end()
                 elif answer.take(stamp_ns, data):

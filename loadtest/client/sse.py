@@ -56,6 +56,11 @@ def holds_data(piece: bytes) -> bool:
     return any(line and not line.startswith(NO_DATA) for line in piece.splitlines())
 
 
+def holds_several(data: bytes) -> bool:
+    """Whether bytes of a stream seem to hold more than one event; those at its end come together and do not count."""
+    return data.count(b"data:") > 1 and b"[DONE]" not in data
+
+
 def _is_event(piece: bytes) -> bool:
     """Whether it is one event of one line, which ends with it."""
     return piece.startswith(b"data: ") and piece.endswith(b"\n\n") and piece.count(b"\n") == 2 and b"\r" not in piece

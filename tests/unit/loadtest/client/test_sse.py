@@ -6,7 +6,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from loadtest.client.sse import holds_data, read_events, read_pieces
+from loadtest.client.sse import holds_data, holds_several, read_events, read_pieces
 
 STREAM = "data: é€😀\n\n: comment\n\nevent: x\ndata: one\ndata:two\n\ndata: [DONE]\n\n"
 STREAM_EVENTS = ["é€😀", "one\ntwo", "[DONE]"]
@@ -116,3 +116,18 @@ def test_a_byte_order_mark_is_no_part_of_the_first_event(ending: str) -> None:
 )
 def test_comments_and_other_fields_hold_no_data(piece: bytes, holds: bool) -> None:
     assert holds_data(piece) is holds
+
+
+@pytest.mark.parametrize(
+    ("data", "several"),
+    [
+        (b"data: 1\n\n", False),
+        (b"data: 1\n\ndata: 2\n\n", True),
+        (b"9\r\ndata: 1\r\n\r\n\r\n9\r\ndata: 2\r\n\r\n\r\n", True),
+        (b": ping\n\ndata: 1\n\n", False),
+        (b"data: 1\n\ndata: [DONE]\n\n", False),
+        (b"", False),
+    ],
+)
+def test_bytes_that_hold_several_events_are_told_from_those_of_one_and_of_an_end(data: bytes, several: bool) -> None:
+    assert holds_several(data) is several
