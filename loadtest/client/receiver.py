@@ -135,6 +135,7 @@ class Receiver:
         if self._wait:
             self._wait.stop()
             self._sweep.stop()
+            self._unswept.clear()
         if wait is self._gather:
             wait.start(self._receive_gathered)
         elif wait:

@@ -40,7 +40,6 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     asked: list[dict[str, Any]]
     paths: ClassVar[list[str]] = []
-    stalled: threading.Semaphore
     over: threading.Event
 
     def do_GET(self) -> None:
@@ -57,11 +56,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        if self.path.startswith("/stalled"):
-            self.stalled.release()
-            self.over.wait(30)
-            return
         self.paths.append(f"POST {self.path}")
+        if self.path.startswith("/stalled"):
+            self.over.wait(120)
+            return
         self.asked.append(body)
         self._answer("text/event-stream", STREAM)
 
@@ -83,6 +81,14 @@ def limit_file_size() -> None:
 def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         return int(listener.getsockname()[1])
+
+
+def wait_until_sent(base: str, number: int) -> None:
+    """Wait until so many requests have come to an address."""
+    deadline = time.monotonic() + 100
+    while Handler.paths.count(f"POST {base}/v1/completions") < number:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 class Programs:
@@ -144,7 +150,7 @@ def asked() -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def url(asked: list[dict[str, Any]]) -> Iterator[str]:
-    Handler.asked, Handler.stalled, Handler.over = asked, threading.Semaphore(0), threading.Event()
+    Handler.asked, Handler.over = asked, threading.Event()
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         server.daemon_threads = True
         thread = threading.Thread(target=server.serve_forever, args=(0.05,))
@@ -179,7 +185,7 @@ def programs(tmp_path_factory: pytest.TempPathFactory, url: str, web_port: int) 
         for name in ("nameless", "held", "slow"):
             started.start(name, f"{open_loop} --hf-url {url}/{name}")
         started.start("one user", f"{run} VLLM --vllm-url {url} --users 1 --requests 2")
-        started.start("interrupted", f"{run} --hf-url {url}/stalled --model m")
+        started.start("interrupted", f"{run} --hf-url {url}/stalled/interrupted --model m")
         started.start("full disk", f"{run} --requests 500", preexec=limit_file_size)
         yield started
 
@@ -232,7 +238,7 @@ def test_a_whole_run_keeps_every_record_and_ends_by_itself(programs: Programs, a
 
 
 def test_requests_that_wait_when_the_run_ends_are_records_too(programs: Programs) -> None:
-    assert all(Handler.stalled.acquire(timeout=20) for _ in range(3))  # one is that of the next test
+    wait_until_sent("/stalled", 2)
     programs.stop("stalled")
     code, _, errors = programs.ended("stalled")
     assert (code, "Traceback" in errors) == (0, False)
@@ -243,6 +249,7 @@ def test_requests_that_wait_when_the_run_ends_are_records_too(programs: Programs
 
 
 def test_an_interrupt_while_the_files_are_closed_is_ignored(programs: Programs) -> None:
+    wait_until_sent("/stalled/interrupted", 1)
     for _ in range(2):
         programs.stop("interrupted", signal.SIGINT)
         time.sleep(0.002)
