@@ -141,8 +141,6 @@ class MasterEnd:
 
         Raises TimeoutError that names the workers that did not ask.
         """
-        for lost in self._runner.clients.missing:
-            del self._runner.clients[lost.id]
         deadline = time.monotonic() + SILENT_SECONDS
         wanted = list(nodes)
         while missing := [node for node in wanted if node not in self._peers or not self._peers[node].found]:
@@ -174,8 +172,14 @@ class MasterEnd:
             _say(f"worker {rank} is on {peer.host}, {clock}")
 
     def end(self) -> None:
-        """The run is over: silence means nothing now."""
+        """The run is over: silence means nothing now, and workers that were lost are forgotten.
+
+        As long as Locust's master has one of those it takes itself to be stopping.
+        """
         self._ranks = {}
+        for lost in self._runner.clients.missing:
+            del self._runner.clients[lost.id]
+        self._runner.check_stopped()
 
     def look(self) -> None:
         """Say which workers have not been heard of for a while."""

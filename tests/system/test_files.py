@@ -36,7 +36,7 @@ def test_compose_takes_the_files(files: list[str], settings: str, tmp_path: Path
     ],
 )
 def test_make_up_picks_by_what_the_machine_has(given: list[str], begins: str) -> None:
-    planned = " ".join(run("make", "-n", "up", *given).split())
+    planned = " ".join(run("make", "--no-print-directory", "-n", "up", *given).split())
     assert planned.startswith(begins), planned
     assert ("headroom up" in planned) == ("DOCKER=no" in given)
 

@@ -207,6 +207,19 @@ def test_workers_whose_run_is_stopped_in_the_web_ui_are_not_lost_and_serve_the_n
     assert json.loads((fleet.folder / "next.json").read_text())["complete"] is True
 
 
+def test_a_run_that_lost_a_worker_can_be_stopped_in_the_web_ui(deploy: Deploy) -> None:
+    port = free_port()
+    fleet = deploy(2, f"--autostart --web-port {port} --arrival constant --rate 20 --output-mean 5 HF")
+    fleet.wait_for_records(20)
+    fleet.workers[0].kill()
+    web, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 60
+    httpx.post(f"{web}/stop", timeout=60).raise_for_status()
+    while httpx.get(f"{web}/stats/requests").json()["state"] != "stopped":
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert len(fleet.client()["lost_workers"]) == 1
+
+
 def test_a_run_that_is_started_as_soon_as_the_last_has_stopped_waits_until_that_is_over(deploy: Deploy) -> None:
     port = free_port()
     # In an open loop users are there until they are stopped, and Locust's master looks once a second whether they are.
