@@ -41,7 +41,7 @@ declare -A least=(
     [quick-13b]=150 [own-gpus-alone]=150 [own-gpus-together]=150 [tensor-parallel]=150
 )
 # The most telling first.
-all="doctor quick ladder same-memory tests-stack classic monitor paper kv-sampling alone together tests-hf tests-chaos
+all="doctor quick tests-stack ladder same-memory monitor classic paper kv-sampling alone together tests-hf tests-chaos
 quick-13b tests-compare"
 GPUS=${GPUS:-$("$PYTHON" -c "from experiment.environment import find_gpus; print(len(find_gpus()[0]))")}
 [ "$GPUS" -gt 0 ] || [ "$SIZE" = smoke ] || refuse "no NVIDIA GPU is found here; SIZE=smoke tries the script without"
@@ -51,8 +51,8 @@ for name in $STEPS; do
     [ -n "${least[$name]:-}" ] || refuse "STEPS: '$name': expected some of ${!least[*]}"
 done
 
-# The options of a comparison in `size`: the model, and what its preset is cut down to. SIZE=short is meant to fit each into
-# a piece on an H200 with a 7B model, at a price: fewer levels and requests, shorter outputs, and of ladder,
+# The options of a comparison in `size`: the model, and what its preset is cut down to. SIZE=short is meant to fit each
+# into a piece on an H200 with a 7B model, at a price: fewer levels and requests, shorter outputs, and of ladder,
 # same-memory and paper one repeat, which gives no interval. KV_BUDGET is of eight sequences of the longest length; a
 # token of random:llama-7b takes 524,288 bytes in bfloat16.
 size_of() {
@@ -154,7 +154,7 @@ completed() { grep -ls '"complete": true' "$1"/cells/*/cell.json | wc -l; }
 
 tests() {
     "$PYTHON" -c "import pytest, pytest_asyncio, hypothesis" 2>>"$log" || {
-        echo "the tests need what requirements/dev.txt names: make .venv/ready-dev" >>"$log"
+        echo "the tests need pytest, pytest-asyncio and hypothesis, which requirements/dev.txt names" >>"$log"
         return 1
     }
     limited "$PYTHON" -m pytest -v -p no:cacheprovider "${@/#/tests/integration/}"
@@ -205,7 +205,7 @@ END
 
 # What the steps left, in one folder that can be handed on.
 collect() {
-    local to="$FOLDER/collected" run file largest
+    local to="$FOLDER/collected" run into file largest
     rm -rf "$to"
     mkdir -p "$to"
     cp -r "$FOLDER/logs" "$FOLDER/figures" "$to"
@@ -213,11 +213,11 @@ collect() {
     echo "Left out of each run: charts/, cells/, timeline/ and kv/. All is in $FOLDER/runs." >"$to/LEFT_OUT.txt"
     for run in "$FOLDER"/runs/*/*/; do
         [ -d "$run" ] || continue
-        file=${run#"$FOLDER/runs/"}
-        mkdir -p "$to/$file"
+        into="$to/${run#"$FOLDER/runs/"}"
+        mkdir -p "$into"
         for file in report.html summary.json summary.csv plan.json environment.json status.json classic.json logs \
             records.parquet timeline.parquet kv.parquet; do
-            [ ! -e "$run$file" ] || cp -r "$run$file" "$to/${run#"$FOLDER/runs/"}"
+            [ ! -e "$run$file" ] || cp -r "$run$file" "$into"
         done
     done
     # The tables of every request and sample go first: the figures in the reports are made of them.

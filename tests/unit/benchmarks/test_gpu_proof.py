@@ -1,16 +1,20 @@
 """How `gpu_proof.sh` steps: with a shell script that plays Python and all our programs."""
 
 import os
+import signal
 import subprocess
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
+from experiment.plan.settings import read_plan
+
 SCRIPT = Path(__file__).parents[3] / "benchmarks/gpu_proof.sh"
-#: Says what it was asked. A comparison has three cells, each of which takes CELL_SECONDS, and a report.
+#: Says what it was asked. A comparison has three cells and a report; the one after CELLS of them has no end.
 PYTHON = """#!/bin/sh
-echo "$*" >>"$ASKED"
+(IFS="|"; echo "$*") >>"$ASKED"
 case " $* " in
 *" $FAILS "*) echo "it broke"; exit 7 ;;
 *" compare --out "*) run=$(echo "$*" | sed 's/.*--out \\([^ ]*\\).*/\\1/')/20260101T000000Z ;;
@@ -21,9 +25,11 @@ esac
 mkdir -p "$run/cells"
 echo "{}" >"$run/plan.json"
 trap 'exit 130' TERM
+cells=0
 for cell in 1 2 3; do
     [ -d "$run/cells/$cell" ] && continue
-    sleep "$CELL_SECONDS" & wait $!
+    [ "$cells" -lt "${CELLS:-3}" ] || { sleep 60 & wait $!; }
+    cells=$((cells + 1))
     mkdir "$run/cells/$cell"
     echo '  "complete": true,' >"$run/cells/$cell/cell.json"
 done
@@ -47,27 +53,30 @@ class Proof:
         self.python.chmod(0o755)
         self.folder = self.home / "proof"
 
-    def call(self, steps: str, **settings: str) -> tuple[int, str]:
-        """Run a piece; returns exit code and output."""
+    def begin(self, steps: str, **settings: str) -> "subprocess.Popen[str]":
+        """Start a piece."""
         own = {"PYTHON": str(self.python), "FOLDER": str(self.folder), "GPUS": "1", "ASKED": str(self.home / "asked")}
-        own |= {"FAILS": "-", "CELL_SECONDS": "0", "STEPS": steps} | settings
-        done = subprocess.run(
+        own |= {"FAILS": "-", "STEPS": steps} | settings
+        return subprocess.Popen(
             ["bash", str(SCRIPT)],  # noqa: S607
             env=os.environ | own,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=60,
-            check=False,
         )
-        return done.returncode, done.stdout
 
-    def asked(self) -> list[str]:
-        """What was asked of our programs since the last time, without the words that all have."""
+    def call(self, steps: str, **settings: str) -> tuple[int, str]:
+        """Run a piece; returns exit code and output."""
+        piece = self.begin(steps, **settings)
+        output, _ = piece.communicate(timeout=60)
+        return piece.returncode, output
+
+    def asked(self) -> list[list[str]]:
+        """What was asked of the `headroom` command since the last time."""
         path = self.home / "asked"
         lines = path.read_text().splitlines() if path.exists() else []
         path.unlink(missing_ok=True)
-        return [line.removeprefix("-c from experiment.cli import main; main() ") for line in lines]
+        return [line.split("|")[2:] for line in lines if "experiment.cli" in line]
 
     def states(self) -> dict[str, str]:
         """Of each step, from the table."""
@@ -83,7 +92,7 @@ def proof(tmp_path: Path) -> Proof:
 def test_a_step_that_is_done_is_not_run_again(proof: Proof) -> None:
     code, output = proof.call("doctor quick")
     assert code == 0, output
-    assert [line.split()[0] for line in proof.asked()] == ["doctor", "compare"]
+    assert [words[0] for words in proof.asked()] == ["doctor", "compare"]
     assert (proof.folder / "collected/quick/20260101T000000Z/report.html").read_text() == "done\n"
     assert proof.call("doctor quick")[0] == 0
     assert proof.asked() == []
@@ -91,7 +100,7 @@ def test_a_step_that_is_done_is_not_run_again(proof: Proof) -> None:
 
 
 def test_a_comparison_that_a_piece_cut_off_goes_on_in_the_next_with_the_cells_it_has(proof: Proof) -> None:
-    piece = {"PIECE_SECONDS": "3", "STOP_SECONDS": "1", "CELL_SECONDS": "1.2"}
+    piece = {"PIECE_SECONDS": "3", "STOP_SECONDS": "1", "CELLS": "1"}
     code, output = proof.call("quick", **piece)
     assert code == 3, output
     assert proof.states() == {"quick": "left"}
@@ -99,12 +108,12 @@ def test_a_comparison_that_a_piece_cut_off_goes_on_in_the_next_with_the_cells_it
     codes = [proof.call("quick", **piece)[0] for _ in range(2)]
     run = proof.folder / "runs/quick/20260101T000000Z"
     assert codes == [3, 0]
-    assert proof.asked() == [f"compare --resume {run}"] * 2
+    assert proof.asked() == [["compare", "--resume", str(run)]] * 2
     assert proof.states() == {"quick": "done"}
 
 
 def test_a_cell_that_does_not_fit_into_a_piece_is_told_rather_than_tried_for_ever(proof: Proof) -> None:
-    code, output = proof.call("quick doctor", PIECE_SECONDS="2", STOP_SECONDS="1", CELL_SECONDS="30")
+    code, output = proof.call("quick doctor", PIECE_SECONDS="2", STOP_SECONDS="1", CELLS="0")
     assert code == 3, output
     assert "quick got no further with a piece to itself: expected PIECE_SECONDS above 2" in output
     assert proof.states() == {"quick": "failed", "doctor": "left"}
@@ -116,7 +125,22 @@ def test_a_run_that_was_stopped_while_its_report_was_written_is_reported(proof: 
     assert proof.call("quick", PIECE_SECONDS="3", STOP_SECONDS="1", REPORT_SECONDS="30")[0] == 3
     proof.asked()
     assert proof.call("quick")[0] == 0
-    assert proof.asked() == [f"report {proof.folder / 'runs/quick/20260101T000000Z'}"]
+    assert proof.asked() == [["report", str(proof.folder / "runs/quick/20260101T000000Z")]]
+
+
+def test_ctrl_c_ends_what_runs_and_keeps_it_for_the_next_call(proof: Proof) -> None:
+    piece = proof.begin("quick", CELLS="1")
+    run = proof.folder / "runs/quick/20260101T000000Z"
+    deadline = time.monotonic() + 30
+    while not (run / "cells/1/cell.json").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    piece.send_signal(signal.SIGINT)
+    output, _ = piece.communicate(timeout=30)  # it ends only when all that writes to it has ended
+    assert piece.returncode == 130, output
+    assert proof.states() == {"quick": "left"}
+    assert proof.call("quick")[0] == 0
+    assert proof.asked()[-1] == ["compare", "--resume", str(run)]
 
 
 def test_a_failed_step_leaves_its_log_stops_no_other_and_is_run_again_only_when_asked(proof: Proof) -> None:
@@ -126,7 +150,7 @@ def test_a_failed_step_leaves_its_log_stops_no_other_and_is_run_again_only_when_
     assert (proof.folder / "collected/logs/doctor.log").read_text() == "it broke\n"
     assert proof.states() == {"doctor": "failed", "quick": "done"}
     assert proof.call("doctor quick")[0] == 1
-    assert [line.split()[0] for line in proof.asked()] == ["doctor", "compare"]
+    assert [words[0] for words in proof.asked()] == ["doctor", "compare"]
     assert proof.call("doctor quick", RETRY="1")[0] == 0
 
 
@@ -152,6 +176,17 @@ def test_steps_for_two_gpus_are_run_only_where_there_are_two(proof: Proof) -> No
         return set(proof.states())
 
     assert known("2") - known("1") == {"own-gpus-alone", "own-gpus-together", "tensor-parallel"}
+
+
+@pytest.mark.parametrize("size", ["short", "whole", "smoke"])
+def test_every_comparison_is_a_plan(proof: Proof, size: str) -> None:
+    code, output = proof.call("", GPUS="2", SIZE=size)
+    assert code == 0, output
+    plans = [read_plan(words[1:]) for words in proof.asked() if words[0] == "compare"]
+    assert len(plans) == 10
+    assert len({plan.out for plan in plans}) == 10
+    assert sum(plan.model == "random:opt-13b" for plan in plans) == (0 if size == "smoke" else 1)
+    assert sum(plan.together for plan in plans) == 2
 
 
 @pytest.mark.parametrize(
