@@ -53,6 +53,10 @@ test-system: .venv/ready-dev  ## the containers: built, brought up, loaded, kill
 	@test $(DOCKER) = yes || { docker info; docker compose version; echo "make test-system needs both" >&2; exit 1; }
 	$(BIN)/pytest tests/system
 
+.PHONY: gpu-proof
+gpu-proof: .venv/ready-dev  ## everything that a GPU can show, a piece of it at each call: docs/gpu.md
+	@PYTHON=$(BIN)/python bash benchmarks/gpu_proof.sh
+
 check: .venv/ready-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

@@ -4,12 +4,15 @@ import shutil
 import urllib.parse
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
 
 from experiment.run.stack import Stack
-from tests.integration.harness import KV_BUDGET, Compare, comparisons, make_plan
+from tests.integration.harness import KV_BUDGET, Compare, comparisons, make_plan, vllm_knows
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Page
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome") or "chromium is missing: apt-get install chromium"
 
@@ -18,7 +21,8 @@ CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome") or "chromiu
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     logs = tmp_path_factory.mktemp("stack")
     # float32, in which greedy outputs of both servers are equal.
-    plan = make_plan(logs, dtype="float32", kv_budget=KV_BUDGET, vllm_args="--per-request-metrics")
+    times = "--per-request-metrics" if vllm_knows("enable_per_request_metrics") else ""
+    plan = make_plan(logs, dtype="float32", kv_budget=KV_BUDGET, vllm_args=times)
     with Stack(plan, logs, print) as running:
         running.start()
         yield running
@@ -32,7 +36,10 @@ def compare(tmp_path: Path) -> Iterator[Callable[..., Compare]]:
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
+def browser() -> Iterator["Browser"]:
+    # Imported here: the tests without a page run also where there is no browser.
+    from playwright.sync_api import sync_playwright
+
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield browser
@@ -40,7 +47,7 @@ def browser() -> Iterator[Browser]:
 
 
 @pytest.fixture
-def page(browser: Browser) -> Iterator[Page]:
+def page(browser: "Browser") -> Iterator["Page"]:
     """A page that must see no error and ask nothing of any other server."""
     with browser.new_context(viewport={"width": 1280, "height": 900}) as context:
         page = context.new_page()

@@ -1,6 +1,7 @@
 """Starts the real programs as a user does."""
 
 import contextlib
+import importlib.util
 import json
 import socket
 import subprocess
@@ -15,6 +16,8 @@ import psutil
 from experiment.plan.plan import Plan
 from loadtest.records import count
 
+#: The command as anyone has it, also where Headroom was not installed but is only on the path.
+HEADROOM = (sys.executable, "-c", "from experiment.cli import main; main()")
 #: Bytes of KV cache of the servers that are started once for all: no whole number of blocks.
 KV_BUDGET = 100_000_000
 
@@ -25,6 +28,14 @@ def free_ports(count: int) -> list[int]:
         for sock in sockets:
             sock.bind(("127.0.0.1", 0))
         return [sock.getsockname()[1] for sock in sockets]
+
+
+def vllm_knows(option: str) -> bool:
+    """Whether the vLLM that is installed has an option, which one that is not the pinned one may lack."""
+    spec = importlib.util.find_spec("vllm")
+    folders = spec.submodule_search_locations if spec else None
+    sources = [path for folder in folders or () for path in Path(folder).glob("entrypoints/**/cli_args.py")]
+    return any(option in path.read_text() for path in sources)
 
 
 def make_plan(out: Path, **options: Any) -> Plan:
@@ -51,7 +62,7 @@ class Compare:
         arguments = ["--resume", str(resume)] if resume else [str(file)]
         # A session of its own, so that a signal to its group is what Ctrl-C sends and does not reach the tests.
         self.process = subprocess.Popen(
-            [str(Path(sys.executable).with_name("headroom")), "compare", *arguments],
+            [*HEADROOM, "compare", *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

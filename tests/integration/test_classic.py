@@ -2,12 +2,11 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import psutil
 
-from tests.integration.harness import free_ports
+from tests.integration.harness import HEADROOM, free_ports
 
 
 def test_it_runs_to_its_end_and_says_only_what_it_measured(tmp_path: Path) -> None:
@@ -15,7 +14,7 @@ def test_it_runs_to_its_end_and_says_only_what_it_measured(tmp_path: Path) -> No
     ports = [f"--hf-port={hf}", f"--vllm-port={vllm}", f"--monitor-port={monitor}"]
     options = ["--model=random:tiny", f"--out={tmp_path}", "--vllm-args=-- --enforce-eager", *ports]
     done = subprocess.run(
-        [str(Path(sys.executable).with_name("headroom")), "classic", *options],
+        [*HEADROOM, "classic", *options],
         capture_output=True,
         text=True,
         timeout=300,

@@ -13,7 +13,7 @@ import pytest
 from experiment.analysis.analyse import analyse
 from experiment.analysis.results import CellResult, Results, load
 from experiment.history.listing import describe, line
-from tests.integration.harness import Compare, comparisons
+from tests.integration.harness import KV_BUDGET, Compare, comparisons
 
 WHOLE = {"repeats": 2, "output_mean": 30}
 #: A run that is stopped before its end and whose servers are not what the test is about: quick to start.
@@ -106,10 +106,13 @@ def killings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, tup
     """A run for each victim, all at once: most of the time vLLM loads, which keeps one core busy."""
     # The victim's cell is the first.
     both = [{"name": name, "kind": name} for name in ("vllm", "hf")]
+    # On a GPU they share it: each vLLM takes a pool of so many bytes, and wants no more than a tenth to be free.
+    whole_stack = {"output_mean": 150, "min_requests": 60, "targets": both}
+    whole_stack |= {"kv_budget": KV_BUDGET, "gpu_memory_utilization": 0.1}
     with comparisons(tmp_path_factory.mktemp("killings")) as start, ThreadPoolExecutor(len(VICTIMS)) as pool:
         found = {}
         for victim, (words, _) in VICTIMS.items():
-            options = HF_ONLY if victim == "HF server" else {"output_mean": 150, "min_requests": 60, "targets": both}
+            options = HF_ONLY if victim == "HF server" else whole_stack
             run = start(victim, **options)
             found[victim] = run, pool.submit(kill, run, words)
         yield found

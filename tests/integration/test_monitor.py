@@ -7,7 +7,9 @@ import psutil
 import pyarrow as pa
 import pytest
 
+from experiment.environment import find_gpus
 from experiment.run.stack import Stack, get
+from tests.integration.harness import KV_BUDGET
 
 pytestmark = pytest.mark.alone
 
@@ -40,3 +42,17 @@ def test_metrics_name_both_servers(stack: Stack) -> None:
     text = (get(stack.programs["monitor"].url + "/metrics") or b"").decode()
     for server in ("hf", "vllm"):
         assert f'headroom_host_rss_bytes{{server="{server}"}}' in text
+
+
+@pytest.mark.skipif(not find_gpus()[0], reason="there is no GPU")
+def test_the_memory_of_a_gpu_is_that_of_both_servers_and_the_rest(stack: Stack) -> None:
+    rows = [row for row in samples(stack, 2).to_pylist() if row["metric"].startswith("gpu_")]
+    used = {row["gpu"]: row["value"] for row in rows if row["metric"] == "gpu_memory_used_bytes"}
+    parts = {(row["gpu"], row["server"]): row["value"] for row in rows if row["metric"] == "gpu_process_memory_bytes"}
+    gpu = next(gpu for gpu, server in parts if server == "hf")
+    # A context of CUDA alone is some hundred MB; vLLM has a KV cache besides.
+    assert parts[gpu, "hf"] > 100e6
+    assert parts[gpu, "vllm"] > 100e6 + KV_BUDGET
+    assert sum(size for (other, _), size in parts.items() if other == gpu) == pytest.approx(used[gpu], rel=0.01)
+    ticks = [row for row in rows if row["metric"] == "gpu_memory_used_bytes" and row["gpu"] == gpu]
+    assert 150 <= len(ticks) <= 210  # 100 a second

@@ -5,10 +5,11 @@ import sys
 import urllib.request
 from pathlib import Path
 
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from experiment.run.stack import Stack, end, get, spawn
-from tests.integration.harness import KV_BUDGET, free_ports
+from tests.integration.harness import KV_BUDGET, free_ports, vllm_knows
 
 # random:tiny holds keys and values of 4 layers, each 128 numbers of 4 bytes.
 BYTES_PER_TOKEN = 2 * 4 * 128 * 4
@@ -22,6 +23,7 @@ def test_the_pool_is_as_many_blocks_as_fit_in_the_budget(stack: Stack) -> None:
     assert int(info.labels["num_gpu_blocks"]) == KV_BUDGET // block
 
 
+@pytest.mark.skipif(not vllm_knows("enable_per_request_metrics"), reason="this vLLM does not say them")
 def test_a_request_is_told_its_own_times(stack: Stack) -> None:
     body = {"model": "random:tiny", "prompt": "Hello!", "max_tokens": 8, "ignore_eos": True}
     request = urllib.request.Request(  # noqa: S310
