@@ -28,8 +28,7 @@ class Keeper:
     def __init__(self, options: Options):
         lost = list(left_out(options))
         self.path = Path(options.records) if options.records else _default_path()
-        # Two runs may keep their records in one folder.
-        self.summary = self.path.with_name("client.json" if self.path.stem == "records" else f"{self.path.stem}.json")
+        self.summary = summary_of(self.path)
         self._file = RecordFile(self.path)
         self.write = self._file.write
         for line in lost:
@@ -101,6 +100,11 @@ def _against(worker: dict[str, Any]) -> Iterator[str]:
         yield f"cut_off_seconds: {cut['seconds']:.1f}: {name}: its requests in that time may show the network"
     if worker["lost_records"]:
         yield f"lost_records: {worker['lost_records']}: {name}: they did not reach the master"
+
+
+def summary_of(path: Path) -> Path:
+    """Where a run whose records are at a path says what it measured of itself; two may be kept in one folder."""
+    return path.with_name("client.json" if path.stem == "records" else f"{path.stem}.json")
 
 
 def _default_path() -> Path:

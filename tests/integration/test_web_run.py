@@ -79,6 +79,7 @@ def test_an_open_loop_from_the_form_is_watched_stopped_and_its_records_downloade
     page.get_by_role("button", name="Stop").click()
     page.get_by_role("link", name="Servers: live charts").click()
     expect(page.get_by_text("The test has ended")).to_be_visible()
+    expect(page.get_by_text("It was ended before all was sent and answered.")).to_be_visible()
     with page.expect_download() as download:
         page.get_by_role("link", name="Download records").click()
     records = list(read(download.value.path()))

@@ -273,6 +273,7 @@ def test_a_killed_worker_is_named_and_what_it_had_ended_is_kept(stack: Compose) 
     assert not said["valid"]
     assert not said["complete"]
     assert any("lost_workers" in reason for reason in said["reasons"])
+    assert numbers(stack)["judgement"] == {name: said[name] for name in ("complete", "valid", "reasons")}
     assert keys(stack) >= ended
 
 

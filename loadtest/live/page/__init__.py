@@ -21,6 +21,7 @@ from locust.runners import (
 )
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 
+from loadtest.keeper import summary_of
 from loadtest.live.metrics import LiveCollector
 from loadtest.live.statistics import SHARES, WINDOW_SECONDS, Live
 from loadtest.live.tally import METRICS, Tally
@@ -144,6 +145,7 @@ class _Site:
             "run": {target: _summary(tally) for target, tally in sorted(self._live.run.items())},
             "clients": {name: asdict(client) for name, client in sorted(self._live.clients.items())},
             "records": records.name if records and records.exists() else None,
+            "judgement": None if running or not records else _judgement(records),
         }
 
     def _records(self) -> flask.typing.ResponseReturnValue:
@@ -170,6 +172,15 @@ class _Site:
             here = {_name(runner, worker.id) for worker in runner.clients.values() if worker.state != STATE_MISSING}
             for name in self._live.processes() - here - {self._live.name}:
                 self._live.forget(name)
+
+
+def _judgement(records: Path) -> dict[str, Any] | None:
+    """What the load generator says of a run, once it has closed its files."""
+    try:
+        told = json.loads(summary_of(records).read_text())
+    except (OSError, ValueError):
+        return None
+    return {name: told[name] for name in ("complete", "valid", "reasons")}
 
 
 def _summary(tally: Tally) -> dict[str, Any]:

@@ -142,6 +142,15 @@ function drawNote(got) {
   else note("");
 }
 
+function drawJudgement(judgement) {
+  find("judgement").hidden = !judgement;
+  if (!judgement) return;
+  const whole = judgement.complete ? "" : " It was ended before all was sent and answered.";
+  say("verdict", (judgement.valid ? "The load generator finds its test valid." : "The load generator finds its test not valid:") + whole);
+  find("judgement").classList.toggle("bad", !judgement.valid);
+  find("reasons").replaceChildren(...judgement.reasons.map((reason) => Object.assign(document.createElement("li"), { textContent: reason })));
+}
+
 function take(got) {
   if (got.started !== page.started) Object.assign(page, { points: [], started: got.started, pointed: null });
   // Two answers may hold the same points: one was asked for when the page came back into view.
@@ -152,6 +161,7 @@ function take(got) {
   const time = page.points.length ? `, ${clock(page.points.at(-1).second)}` : "";
   find("state").textContent = got.running ? `Running${users}${time}` : "Not running";
   drawNote(got);
+  drawJudgement(got.judgement);
   say("window", String(got.window_seconds));
   find("records").hidden = !got.records;
   find("numbers").hidden = !page.targets.length;

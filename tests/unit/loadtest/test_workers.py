@@ -217,7 +217,10 @@ def test_a_run_that_lost_a_worker_can_be_stopped_in_the_web_ui(deploy: Deploy) -
     while httpx.get(f"{web}/stats/requests").json()["state"] != "stopped":
         assert time.monotonic() < deadline
         time.sleep(0.1)
-    assert len(fleet.client()["lost_workers"]) == 1
+    client = fleet.client()
+    assert len(client["lost_workers"]) == 1
+    shown = httpx.get(f"{web}/servers.json").json()["judgement"]
+    assert shown == {"complete": False, "valid": False, "reasons": client["reasons"]}
 
 
 def test_a_run_that_is_started_as_soon_as_the_last_has_stopped_waits_until_that_is_over(deploy: Deploy) -> None:
