@@ -171,14 +171,16 @@ class MasterEnd:
             )
             _say(f"worker {rank} is on {peer.host}, {clock}")
 
-    def end(self) -> None:
+    def end(self, lost: Iterable[str]) -> None:
         """The run is over: silence means nothing now, and workers that were lost are forgotten.
 
-        As long as Locust's master has one of those it takes itself to be stopping.
+        As long as Locust's master has one of those it takes itself to be stopping. One that is there after all makes
+        itself known again.
         """
         self._ranks = {}
-        for lost in self._runner.clients.missing:
-            del self._runner.clients[lost.id]
+        clients = self._runner.clients
+        for node in {*lost, *(one.id for one in clients.missing)} & set(clients):
+            del clients[node]
         self._runner.check_stopped()
 
     def look(self) -> None:

@@ -165,7 +165,7 @@ class Coordinator:
         self._close()
         self._over.set()
         if self._link:
-            self._link.end()
+            self._link.end(self._lost)
         if self._lost:
             self.end()  # when the last worker is lost Locust ends the test, but not the program
 
