@@ -21,6 +21,7 @@ import pytest
 from experiment.environment import find_gpus
 from experiment.run.stack import get
 from servers.models import resolve
+from tests.integration.harness import vllm_knows
 from tests.integration.hf_server import JSON, OFFLINE, HfServer, events, post, post_raw, rest_of
 
 #: Options with which a second request waits while one runs.
@@ -239,13 +240,15 @@ async def timed(session: aiohttp.ClientSession, server: HfServer, tokens: int, *
     return Timed(times[0], times[-1], read[-1][1]["metrics"])
 
 
+@pytest.mark.skipif(not vllm_knows("enable_per_request_metrics"), reason="this vLLM does not say them")
 async def test_what_is_said_of_a_request_has_vllms_names(measuring: HfServer, session: aiohttp.ClientSession) -> None:
-    # Imported here: it takes seconds, and vLLM keeps it elsewhere in other versions.
-    protocol = pytest.importorskip("vllm.entrypoints.generate.base.protocol", exc_type=ImportError)
+    # Imported here: it takes seconds.
+    from vllm.entrypoints.generate.base.protocol import PerRequestMetrics
+
     streamed = (await timed(session, measuring, 4)).metrics
     whole = (await (await post(session, measuring.url, max_tokens=4, ignore_eos=True)).json())["metrics"]
     # There is no draft model.
-    assert set(streamed) == set(whole) == set(protocol.PerRequestMetrics.model_fields) - {"speculative_decoding"}
+    assert set(streamed) == set(whole) == set(PerRequestMetrics.model_fields) - {"speculative_decoding"}
 
 
 async def test_what_is_said_of_requests_is_what_their_clients_saw(

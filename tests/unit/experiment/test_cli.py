@@ -4,6 +4,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -277,3 +278,8 @@ def test_a_run_in_which_every_request_failed_gets_a_report(headroom: Headroom, f
 def test_a_cell_without_records_gets_a_report(headroom: Headroom, folder: Path) -> None:
     change_records(folder, "01-hf-c1-r1", lambda _: [])
     assert headroom("report", str(folder))[0] == 0
+
+
+def test_the_command_that_is_installed_is_this_one() -> None:
+    (command,) = entry_points(group="console_scripts", name="headroom")
+    assert command.load() is cli.main
