@@ -17,6 +17,7 @@ FLAGS = os.O_NONBLOCK | os.O_CLOEXEC
 WATCH_NS = 150_000
 # To read an answer of a few tokens and keep its record takes about as long.
 NEAR_NS = 400_000
+LONGEST_WAIT_NS = 5_000_000
 
 
 class _Times(ctypes.Structure):
@@ -71,6 +72,12 @@ class Precedence:
             self._gone.clear()
 
     def wait(self) -> None:
-        """Wait while a send is near. One that is late already has its turn with everything else."""
-        while any(0 < due_ns - time.monotonic_ns() < NEAR_NS for due_ns in self._due_ns.values()):
+        """Wait while a send is near, but not for long: at thousands a second there always is one.
+
+        One that is late already has its turn with everything else.
+        """
+        begun_ns = time.monotonic_ns()
+        while (now_ns := time.monotonic_ns()) - begun_ns < LONGEST_WAIT_NS:
+            if not any(0 < due_ns - now_ns < NEAR_NS for due_ns in self._due_ns.values()):
+                return
             self._gone.wait()

@@ -6,7 +6,7 @@ from contextlib import closing
 import gevent
 import pytest
 
-from loadtest.alarm import NEAR_NS, Alarm, Precedence
+from loadtest.alarm import LONGEST_WAIT_NS, NEAR_NS, Alarm, Precedence
 
 
 @pytest.mark.parametrize("ahead_ns", [50_000, 20_000_000])
@@ -64,3 +64,17 @@ def test_what_waits_looks_anew_when_a_send_is_under_way(monkeypatch: pytest.Monk
         assert not waiting.ready()
     waiting.join(5)
     assert waiting.ready()
+
+
+def test_what_waits_goes_on_though_sends_are_always_near(monkeypatch: pytest.MonkeyPatch) -> None:
+    now_ns, step_ns = 0, NEAR_NS // 2
+    monkeypatch.setattr(time, "monotonic_ns", lambda: now_ns)
+    precedence = Precedence()
+    waiting, sends = None, 0
+    while waiting is None or not waiting.ready():
+        with precedence.of("hf", now_ns + step_ns):
+            waiting = waiting or gevent.spawn(precedence.wait)
+            gevent.sleep(0)
+            now_ns += step_ns
+        sends += 1
+        assert sends <= LONGEST_WAIT_NS // step_ns + 2
