@@ -38,14 +38,14 @@ case $MODEL in random:*) export HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}" ;; esac
 declare -A least=(
     [doctor]=20 [quick]=150 [ladder]=120 [same-memory]=120 [classic]=120 [tests-stack]=300 [monitor]=220
     [paper]=120 [kv-sampling]=230 [alone]=150 [together]=150 [tests-hf]=300 [tests-chaos]=200 [tests-compare]=400
-    [quick-13b]=150 [own-gpus-alone]=150 [own-gpus-together]=150 [tensor-parallel]=150
+    [quick-13b]=150 [own-gpus-alone]=150 [own-gpus-together]=150 [two-gpus]=150
 )
 # The most telling first.
 all="doctor quick tests-stack ladder same-memory monitor classic paper kv-sampling alone together tests-hf tests-chaos
 quick-13b tests-compare"
 GPUS=${GPUS:-$("$PYTHON" -c "from experiment.environment import find_gpus; print(len(find_gpus()[0]))")}
 [ "$GPUS" -gt 0 ] || [ "$SIZE" = smoke ] || refuse "no NVIDIA GPU is found here; SIZE=smoke tries the script without"
-[ "$GPUS" -lt 2 ] || all="$all own-gpus-alone own-gpus-together tensor-parallel"
+[ "$GPUS" -lt 2 ] || all="$all own-gpus-alone own-gpus-together two-gpus"
 STEPS=${STEPS:-$all}
 for name in $STEPS; do
     [ -n "${least[$name]:-}" ] || refuse "STEPS: '$name': expected some of ${!least[*]}"
@@ -59,7 +59,7 @@ size_of() {
     size=(--model "$2")
     case $SIZE-$1 in
     short-quick) size+=(--levels "1,16" --requests-per-user 2 --min-requests 6 --repeats 3 --output-mean 32) ;;
-    short-tensor-parallel) size+=(--levels "1,16" --requests-per-user 4 --min-requests 6 --repeats 2) ;;
+    short-two-gpus) size+=(--levels "1,16" --requests-per-user 4 --min-requests 6 --repeats 2) ;;
     short-ladder) size+=(--levels "1,32" --requests-per-user 1 --min-requests 6 --repeats 1 --output-mean 32) ;;
     short-same-memory)
         size+=(--workload lognormal --requests-per-user 1 --repeats 1 --max-model-len 512)
@@ -99,7 +99,7 @@ step() {
     together) compare "${size[@]}" --max-model-len 1024 --hf-args="$paged" --together ;;
     own-gpus-alone) own_gpus ;;
     own-gpus-together) own_gpus --together ;;
-    tensor-parallel) tensor_parallel ;;
+    two-gpus) two_gpus ;;
     monitor)
         benchmark monitor "${hz[@]}" --servers sequential,vllm \
             --vllm-args "--gpu-memory-utilization 0.5 --max-model-len 2048 -- --enforce-eager"
@@ -189,13 +189,16 @@ stop_servers() {
     servers=()
 }
 
-tensor_parallel() {
-    local plan="$FOLDER/tensor-parallel.yaml"
-    cat >"$plan" <<'END'
+# Each server on one GPU and spread over two.
+two_gpus() {
+    local plan="$FOLDER/two-gpus.yaml" batch="--engine batch --max-batch 16"
+    cat >"$plan" <<END
 preset: quick
 targets:
-  - {name: one-gpu, kind: vllm}
-  - {name: two-gpus, kind: vllm, args: "-- --tensor-parallel-size 2"}
+  - {name: hf-1-gpu, kind: hf, args: "$batch"}
+  - {name: hf-2-gpus, kind: hf, args: "$batch --device-map auto"}
+  - {name: vllm-1-gpu, kind: vllm}
+  - {name: vllm-2-gpus, kind: vllm, args: "-- --tensor-parallel-size 2"}
 resident: one
 max_model_len: 1024
 gpu_memory_utilization: 0.8

@@ -108,7 +108,8 @@ class ModelEngine(Engine):
         """What is held now."""
         allocator = None
         if self.model.device.type == "cuda":
-            allocator = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+            devices = range(torch.cuda.device_count())
+            allocator = sum(map(torch.cuda.memory_allocated, devices)), sum(map(torch.cuda.memory_reserved, devices))
         return State(self.running, self.waiting, self.held, allocator)
 
     def submit(self, job: Job) -> None:

@@ -28,6 +28,9 @@ class Settings(ServerSettings):
         "dynamic", description="KV cache that grows, or the maximum length set aside for each row (not continuous)"
     )
     compile: bool = Field(False, description="compiled decode on a static cache, CUDA graphs on GPU (not continuous)")
+    device_map: Literal["auto"] | None = Field(
+        None, description="auto: layers spread over all GPUs (not continuous, not compiled); default: the first GPU"
+    )
     max_waiting: int = Field(512, ge=0, description="requests that may wait; one more is answered with 429")
     drain_seconds: float = Field(10.0, ge=0, description="how long running requests may go on after SIGTERM")
 
@@ -36,4 +39,7 @@ class Settings(ServerSettings):
         if self.engine == "continuous" and (self.compile or self.cache == "static"):
             option = "--compile" if self.compile else "--cache static"
             raise ValueError(f"{option}: not possible with --engine continuous, whose cache is paged")
+        if self.device_map and (self.compile or self.engine == "continuous"):
+            option = "--compile" if self.compile else "--engine continuous"
+            raise ValueError(f"--device-map: not possible with {option}, whose KV cache is on one device")
         return self

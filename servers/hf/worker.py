@@ -46,20 +46,40 @@ class Loaded:
 
 
 def load(settings: Settings, model: Model) -> transformers.PreTrainedModel:
-    """Load the model's weights, or make them in place; raises OSError if there are none."""
+    """Load the model's weights, or make them in place; raises OSError or ValueError if they cannot be read.
+
+    Raises ModelError when the GPUs together are too small for a model that is spread over them.
+    """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = {"auto": "float32" if device == "cpu" else "bfloat16"}.get(settings.dtype, settings.dtype)
     if device == "cpu":
         torch.set_num_threads(len(cpu_cores(settings.threads)))
     # cuDNN's attention plans anew for every length, which takes longer than a step: here lengths change all the time.
     torch.backends.cuda.enable_cudnn_sdp(False)
+    options: dict[str, Any] = {"dtype": getattr(torch, dtype)}
+    if settings.device_map:
+        return _spread(model, device, options | {"device_map": settings.device_map}).eval()
     if model.weights:
-        weights = transformers.AutoModelForCausalLM.from_pretrained(model.source, dtype=getattr(torch, dtype))
+        weights = transformers.AutoModelForCausalLM.from_pretrained(model.source, **options)
         return weights.to(device).eval()
     config = transformers.AutoConfig.from_pretrained(model.source)
     with torch.device(device):
-        weights = transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+        weights = transformers.AutoModelForCausalLM.from_config(config, **options)
     return weights.eval()
+
+
+def _spread(model: Model, device: str, options: dict[str, Any]) -> transformers.PreTrainedModel:
+    if model.weights:
+        weights = transformers.AutoModelForCausalLM.from_pretrained(model.source, **options)
+    else:
+        # A checkpoint without weights: each is made where it is mapped to, and would be reported as missing.
+        transformers.utils.logging.set_verbosity_error()
+        config = transformers.AutoConfig.from_pretrained(model.source)
+        kind = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        weights = kind.from_pretrained(None, config=config, state_dict={}, **options)
+    if {parameter.device.type for parameter in weights.parameters()} != {device}:
+        raise ModelError("--device-map: auto: the GPUs together do not hold the model; a part would be in host memory")
+    return weights
 
 
 def limits(settings: Settings, weights: transformers.PreTrainedModel) -> Limits:
@@ -139,7 +159,7 @@ async def _work(settings: Settings, model: Model, connection: Connection) -> Non
         capacity=engine.capacity,
         vocab_size=config.vocab_size,
         bytes_per_token=bytes_per_token(config, dtype.itemsize),
-        device=str(engine.model.device),
+        device=", ".join(sorted({str(parameter.device) for parameter in engine.model.parameters()})),
         dtype=str(dtype).removeprefix("torch."),
     )
     await Worker(engine, connection).run(loaded, commands)

@@ -121,6 +121,27 @@ def test_weights_are_made_in_place_for_a_model_without_any(
     assert len(load_tokenizer(model)) == 2048
 
 
+def test_a_device_map_changes_where_weights_are_and_nothing_else(tiny: Model) -> None:
+    spread = load(settings(device_map="auto"), tiny)
+    assert not spread.training
+    there = load(settings(), tiny).state_dict()
+    assert all(torch.equal(weight, there.pop(name)) for name, weight in spread.state_dict().items())
+    assert there == {}
+
+
+def test_with_a_device_map_weights_are_made_where_they_belong(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = LlamaConfig(**SMALL, initializer_range=0.5)
+    config.save_pretrained(tmp_path)
+    made = load(settings(device_map="auto", dtype="bfloat16"), Model("random:small", str(tmp_path), weights=False))
+    assert (made.dtype, made.training) == (torch.bfloat16, False)
+    assert {weight.device.type for weight in made.parameters()} == {"cpu"}
+    assert made.lm_head.weight.float().std().item() == pytest.approx(0.5, rel=0.05)
+    assert made.model.norm.weight.unique().tolist() == [1]
+    assert "lm_head" not in capsys.readouterr().err  # a report that it was not found
+
+
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int | str | None:
     monkeypatch.setattr(sys, "argv", ["servers.hf", *arguments])
     with pytest.raises(SystemExit) as exit_:
@@ -144,6 +165,16 @@ def test_an_impossible_engine_ends_it_with_2_and_one_line(
     (line,) = capsys.readouterr().err.splitlines()
     assert line == (
         f"servers.hf: {option.replace('=', ' ')}: not possible with --engine continuous, whose cache is paged"
+    )
+
+
+@pytest.mark.parametrize("option", ["--compile", "--engine=continuous"])
+def test_a_device_map_is_not_for_caches_on_one_device(
+    option: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, "--device-map", "auto", option) == 2
+    assert capsys.readouterr().err == (
+        f"servers.hf: --device-map: not possible with {option.replace('=', ' ')}, whose KV cache is on one device\n"
     )
 
 
