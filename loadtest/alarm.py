@@ -74,10 +74,10 @@ class Precedence:
     def wait(self) -> None:
         """Wait while a send is near, but not for long: at thousands a second there always is one.
 
-        One that is late already has its turn with everything else.
+        One that is later than that already has its turn with everything else.
         """
         begun_ns = time.monotonic_ns()
         while (now_ns := time.monotonic_ns()) - begun_ns < LONGEST_WAIT_NS:
-            if not any(0 < due_ns - now_ns < NEAR_NS for due_ns in self._due_ns.values()):
+            if not any(abs(due_ns - now_ns) < NEAR_NS for due_ns in self._due_ns.values()):
                 return
             self._gone.wait()

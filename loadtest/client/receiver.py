@@ -70,11 +70,17 @@ class Receiver:
     """Receives for all connections of a process; `clock` gives CLOCK_MONOTONIC ns.
 
     `stamps` says where the time of a piece of data comes from: the kernel, this process, or auto: the kernel where it
-    can. `awaited`: something goes on as soon as an answer has ended. Raises ValueError when the kernel is asked for and
-    cannot.
+    can. `awaited`: something goes on as soon as an answer has ended. `turn` waits until data that has gathered may be
+    received. Raises ValueError when the kernel is asked for and cannot.
     """
 
-    def __init__(self, stamps: Stamps = "auto", clock: Callable[[], int] = time.monotonic_ns, awaited: bool = True):
+    def __init__(
+        self,
+        stamps: Stamps = "auto",
+        clock: Callable[[], int] = time.monotonic_ns,
+        awaited: bool = True,
+        turn: Callable[[], None] = lambda: None,
+    ):
         if stamps == "kernel" and not kernel_stamps():
             raise ValueError("stamps: 'kernel': this system does not stamp received data; use auto or user")
         self.clock = clock
@@ -91,6 +97,8 @@ class Receiver:
         self._gather = self._short if awaited else self._long
         self._sweep = loop.timer(SWEEP_SECONDS, SWEEP_SECONDS)
         self._wait: Any = None  # the one of these that is on and receives
+        self._turn = turn
+        self._taker: gevent.Greenlet[..., None] | None = None
         self._readings = self._several = 0
         self._unswept: list[Stream] = []
 
@@ -119,6 +127,8 @@ class Receiver:
 
     def close(self) -> None:
         """Give back what the system lent; no stream may be left."""
+        if self._taker:
+            self._taker.kill()
         for watcher in (self._readable, self._short, self._long, self._sweep):
             watcher.stop()
             watcher.close()
@@ -137,11 +147,23 @@ class Receiver:
             self._sweep.stop()
             self._unswept.clear()
         if wait is self._gather:
-            wait.start(self._receive_gathered)
+            wait.start(self._take_turn)
         elif wait:
             wait.start(self._receive_all)
             self._sweep.start(self._end_late)
         self._wait = wait
+
+    def _take_turn(self) -> None:
+        if not self._taker:
+            self._taker = gevent.spawn(self._receive_in_turn)
+
+    def _receive_in_turn(self) -> None:
+        try:
+            self._turn()
+            if self._wait is self._gather:
+                self._receive_gathered()
+        finally:
+            self._taker = None
 
     def _receive_gathered(self) -> None:
         self._receive_all()

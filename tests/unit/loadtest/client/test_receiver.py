@@ -7,6 +7,7 @@ from contextlib import ExitStack
 
 import gevent
 import pytest
+from gevent.event import Event
 
 from loadtest.client.http import Answer
 from loadtest.client.receiver import (
@@ -81,6 +82,23 @@ def test_where_something_waits_for_answers_data_never_gathers_for_long(streams: 
     streams.send(head() + chunked(FIRST, LAST))
     assert streams.receiver.gather_seconds == GATHER_SECONDS
     assert all(answer.complete for answer in streams.answers)
+
+
+def test_what_has_gathered_is_received_when_its_turn_has_come() -> None:
+    turn = Event()
+
+    def wait() -> None:
+        turn.wait()
+
+    with ExitStack() as stack:
+        receiver = Receiver(turn=wait)
+        stack.callback(receiver.close)
+        streams = Streams(receiver, stack)
+        streams.send(head() + chunked(FIRST, LAST))
+        assert not any(answer.complete for answer in streams.answers)
+        turn.set()
+        streams.send(b"")
+        assert all(answer.complete for answer in streams.answers)
 
 
 def test_an_answer_that_is_late_is_ended_also_while_many_stream(streams: Streams) -> None:
