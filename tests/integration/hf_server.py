@@ -93,10 +93,11 @@ class HfServer:
     def footprint(self) -> Footprint:
         server = psutil.Process(self.process.pid)
         processes = [server, *server.children(recursive=True)]
+        # First: one that closes in between would still be among the files of a server without connections.
+        connections = [one for one in server.net_connections("tcp") if one.status != psutil.CONN_LISTEN]
         memory = sum(process.memory_info().rss - process.memory_info().shared for process in processes)
         files = sum(process.num_fds() for process in processes)
         threads = sum(process.num_threads() for process in processes)
-        connections = [one for one in server.net_connections("tcp") if one.status != psutil.CONN_LISTEN]
         return Footprint(memory, files, threads, len(connections))
 
 
