@@ -126,14 +126,16 @@ def test_a_spike_of_20_ms_is_in_the_timeline_and_in_the_maximum(script: Script, 
     pid = os.getpid()
     script.add("device 0", 80 * GIB).add("memory 0 0", 10 * GIB).add("process 0 0", pid, GIB)
     monitor = start()
-    at = script.now() + 0.5
-    for begins, size in ((at, 70), (at + 0.02, 10)):
-        script.add("memory", begins, 0, size * GIB)
+    soon = script.now() + 0.5
+    spikes = [soon, soon + 0.3, soon + 0.6]  # a machine that stands still for a moment misses one of them
+    for begins in spikes:
+        script.add("memory", begins, 0, 70 * GIB).add("memory", begins + 0.02, 0, 10 * GIB)
     script.save()
-    time.sleep(0.8)
-    spike = [time_ns for time_ns, used in monitor.series("gpu_memory_used_bytes") if used == 70 * GIB]
-    assert spike
-    assert all(0 <= time_ns - script.origin_ns - at * SECOND <= 0.03 * SECOND for time_ns in spike)
+    time.sleep(1.4)
+    seen = [time_ns for time_ns, used in monitor.series("gpu_memory_used_bytes") if used == 70 * GIB]
+    since = [min(abs((time_ns - script.origin_ns) / SECOND - begins) for begins in spikes) for time_ns in seen]
+    assert min(since, default=1) <= 0.02
+    assert max(since) <= 0.1
     metrics = monitor.metrics()
     assert metrics["gpu_memory_used_bytes", "0"] == 10 * GIB
     assert metrics["gpu_memory_used_max_bytes", "0"] == 70 * GIB

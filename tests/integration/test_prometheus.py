@@ -222,7 +222,9 @@ def test_a_spike_that_no_scrape_sees_and_an_error_of_a_gpu_fire_their_alerts(tmp
     monitor = MonitorProcess(build(tmp_path), script)
     try:
         soon = script.now() + 1
-        script.add("memory", soon, 0, 99).add("memory", soon + 0.02, 0, 50).add("xid", soon, 0, 79).save()
+        for begins in (soon, soon + 0.3, soon + 0.6):  # a machine that stands still for a moment misses one of them
+            script.add("memory", begins, 0, 99).add("memory", begins + 0.02, 0, 50)
+        script.add("xid", soon, 0, 79).save()
         peak = ("gpu_memory_used_max_bytes", "0")
         monitor.wait(lambda metrics: metrics[peak] == 99 and metrics[("gpu_memory_used_bytes", "0")] == 50)
         with started(tmp_path, {"monitor": monitor.url}) as prometheus:
