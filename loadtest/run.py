@@ -28,8 +28,8 @@ from loadtest.work.workloads import WORKLOADS, Request, next_turn, skipped
 FLUSH_SECONDS, FLUSH_RECORDS = 0.5, 32
 # From the start of a run to its first arrival, so that every process has begun by then.
 START_SECONDS = 1.0
-# Only the youngest objects are looked through, the older ones practically never: 100 of them in 0.02 ms, while after
-# Python's own 700 a send that is due then is late by 0.2 to 1 ms.
+# Only the youngest objects are looked through, the older ones practically never, and fewer at a time than Python would:
+# a send that is due meanwhile is late.
 GC_THRESHOLDS = 100, 1_000_000, 1_000_000
 PATHS = {"completions": "/v1/completions", "chat": "/v1/chat/completions"}
 RETRIED: tuple[ErrorKind, ...] = ("connect", "reset", "http_5xx")

@@ -46,10 +46,7 @@ class Loaded:
 
 
 def load(settings: Settings, model: Model) -> transformers.PreTrainedModel:
-    """Load the model's weights, or make them in place; raises OSError or ValueError if they cannot be read.
-
-    Raises ModelError when the GPUs together are too small for a model that is spread over them.
-    """
+    """Load the model's weights, or make them in place; raises OSError or ValueError if they cannot be read."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = {"auto": "float32" if device == "cpu" else "bfloat16"}.get(settings.dtype, settings.dtype)
     if device == "cpu":
@@ -58,7 +55,7 @@ def load(settings: Settings, model: Model) -> transformers.PreTrainedModel:
     torch.backends.cuda.enable_cudnn_sdp(False)
     options: dict[str, Any] = {"dtype": getattr(torch, dtype)}
     if settings.device_map:
-        return _spread(model, device, options | {"device_map": settings.device_map}).eval()
+        return _spread(model, options | {"device_map": settings.device_map}).eval()
     if model.weights:
         weights = transformers.AutoModelForCausalLM.from_pretrained(model.source, **options)
         return weights.to(device).eval()
@@ -68,22 +65,22 @@ def load(settings: Settings, model: Model) -> transformers.PreTrainedModel:
     return weights.eval()
 
 
-def _spread(model: Model, device: str, options: dict[str, Any]) -> transformers.PreTrainedModel:
+def _spread(model: Model, options: dict[str, Any]) -> transformers.PreTrainedModel:
     if model.weights:
-        weights = transformers.AutoModelForCausalLM.from_pretrained(model.source, **options)
-    else:
-        # A checkpoint without weights: each is made where it is mapped to, and would be reported as missing.
-        transformers.utils.logging.set_verbosity_error()
-        config = transformers.AutoConfig.from_pretrained(model.source)
-        kind = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-        weights = kind.from_pretrained(None, config=config, state_dict={}, **options)
-    if {parameter.device.type for parameter in weights.parameters()} != {device}:
-        raise ModelError("--device-map: auto: the GPUs together do not hold the model; a part would be in host memory")
-    return weights
+        return transformers.AutoModelForCausalLM.from_pretrained(model.source, **options)
+    # A checkpoint without weights: each is made where it is mapped to, and would be reported as missing.
+    transformers.utils.logging.set_verbosity_error()
+    config = transformers.AutoConfig.from_pretrained(model.source)
+    kind = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    spread: transformers.PreTrainedModel = kind.from_pretrained(None, config=config, state_dict={}, **options)
+    return spread
 
 
 def limits(settings: Settings, weights: transformers.PreTrainedModel) -> Limits:
     """What the engine may take; raises ModelError when the model or the budget does not allow what is asked for."""
+    devices = {parameter.device.type for parameter in weights.parameters()}
+    if settings.device_map and torch.cuda.is_available() and devices != {"cuda"}:
+        raise ModelError("--device-map: auto: the GPUs together do not hold the model; a part would be in host memory")
     config = weights.config
     longest = config.max_position_embeddings
     if (settings.max_model_len or 0) > longest:

@@ -301,7 +301,7 @@ def test_files_and_threads_are_what_they_were_before_the_storm(storm: Storm) -> 
 
 def test_clients_that_vanish_at_once_cost_less_than_one_that_stays(storm: Storm) -> None:
     assert set(+storm.vanished) <= {"cancelled", "rejected", "length"}
-    assert storm.vanished["length"] < 0.1 * VANISHING  # one may run to its end before its client comes to leave
+    assert storm.vanished["length"] <= 2  # while the machine stands still one may run on before its client can leave
     assert storm.vanished.total() <= VANISHING
     assert storm.vanished_seconds < storm.long_seconds
 

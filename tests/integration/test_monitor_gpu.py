@@ -133,9 +133,8 @@ def test_a_spike_of_20_ms_is_in_the_timeline_and_in_the_maximum(script: Script, 
     script.save()
     time.sleep(1.4)
     seen = [time_ns for time_ns, used in monitor.series("gpu_memory_used_bytes") if used == 70 * GIB]
-    since = [min(abs((time_ns - script.origin_ns) / SECOND - begins) for begins in spikes) for time_ns in seen]
-    assert min(since, default=1) <= 0.02
-    assert max(since) <= 0.1
+    assert seen
+    assert all(any(0 <= time_ns - script.origin_ns - at * SECOND <= 0.03 * SECOND for at in spikes) for time_ns in seen)
     metrics = monitor.metrics()
     assert metrics["gpu_memory_used_bytes", "0"] == 10 * GIB
     assert metrics["gpu_memory_used_max_bytes", "0"] == 70 * GIB

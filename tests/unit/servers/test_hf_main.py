@@ -132,7 +132,7 @@ def test_a_device_map_changes_where_weights_are_and_nothing_else(tiny: Model) ->
 def test_with_a_device_map_weights_are_made_where_they_belong(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = LlamaConfig(**SMALL, initializer_range=0.5)
+    config = LlamaConfig(**SMALL | {"vocab_size": 4096}, initializer_range=0.5)  # enough to see how they spread
     config.save_pretrained(tmp_path)
     made = load(settings(device_map="auto", dtype="bfloat16"), Model("random:small", str(tmp_path), weights=False))
     assert (made.dtype, made.training) == (torch.bfloat16, False)
@@ -140,6 +140,14 @@ def test_with_a_device_map_weights_are_made_where_they_belong(
     assert made.lm_head.weight.float().std().item() == pytest.approx(0.5, rel=0.05)
     assert made.model.norm.weight.unique().tolist() == [1]
     assert "lm_head" not in capsys.readouterr().err  # a report that it was not found
+
+
+def test_a_model_that_does_not_fit_on_the_gpus_is_refused(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    spread = load(settings(device_map="auto"), tiny)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # and none holds it
+    monkeypatch.setattr("servers.hf.worker.load", lambda *_: spread)
+    with pytest.raises(ModelError, match=r"^--device-map: auto: the GPUs together do not hold the model"):
+        engine(tiny, device_map="auto")
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int | str | None:
