@@ -37,12 +37,11 @@ case $MODEL in random:*) export HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}" ;; esac
 # servers and a cell. The others begin anew.
 declare -A least=(
     [doctor]=20 [quick]=150 [ladder]=120 [same-memory]=120 [classic]=120 [tests-stack]=300 [monitor]=220
-    [paper]=120 [kv-sampling]=230 [alone]=150 [together]=150 [tests-hf]=300 [tests-chaos]=200 [tests-compare]=400
-    [quick-13b]=150 [own-gpus-alone]=150 [own-gpus-together]=150 [two-gpus]=150
+    [paper]=120 [kv-sampling]=230 [tests-hf]=300 [quick-13b]=150 [own-gpus-alone]=150 [own-gpus-together]=150
+    [two-gpus]=150
 )
 # The most telling first.
-all="doctor quick tests-stack ladder same-memory monitor classic paper kv-sampling alone together tests-hf tests-chaos
-quick-13b tests-compare"
+all="doctor quick ladder same-memory monitor classic paper tests-stack tests-hf kv-sampling quick-13b"
 GPUS=${GPUS:-$("$PYTHON" -c "from experiment.environment import find_gpus; print(len(find_gpus()[0]))")}
 [ "$GPUS" -gt 0 ] || [ "$SIZE" = smoke ] || refuse "no NVIDIA GPU is found here; SIZE=smoke tries the script without"
 [ "$GPUS" -lt 2 ] || all="$all own-gpus-alone own-gpus-together two-gpus"
@@ -52,18 +51,22 @@ for name in $STEPS; do
 done
 
 # The options of a comparison in `size`: the model, and what its preset is cut down to. SIZE=short is meant to fit each
-# into a piece on an H200 with a 7B model, at a price: fewer levels and requests, shorter outputs, and of ladder,
-# same-memory and paper one repeat, which gives no interval. KV_BUDGET is of eight sequences of the longest length; a
-# token of random:llama-7b takes 524,288 bytes in bfloat16.
+# into a piece on an H200 with a 7B model, at a price: fewer levels and requests, shorter outputs, of paper one repeat,
+# which gives no interval, and all servers of ladder and same-memory resident at once, as their starts would take most of
+# the time. KV_BUDGET is of eight sequences of the longest length; a token of random:llama-7b takes 524,288 bytes in
+# bfloat16.
 size_of() {
     size=(--model "$2")
+    local all=(--resident all --max-model-len 512 --gpu-memory-utilization 0.15) eight="${KV_BUDGET:-2147483648}"
     case $SIZE-$1 in
     short-quick) size+=(--levels "1,16" --requests-per-user 2 --min-requests 6 --repeats 3 --output-mean 32) ;;
     short-two-gpus) size+=(--levels "1,16" --requests-per-user 4 --min-requests 6 --repeats 2) ;;
-    short-ladder) size+=(--levels "1,32" --requests-per-user 1 --min-requests 6 --repeats 1 --output-mean 32) ;;
+    short-ladder)
+        size+=(--levels "1,16" --requests-per-user 1 --min-requests 6 --output-mean 32 "${all[@]}")
+        size+=(--kv-budget $((4 * eight)))
+        ;;
     short-same-memory)
-        size+=(--workload lognormal --requests-per-user 1 --repeats 1 --max-model-len 512)
-        size+=(--kv-budget "${KV_BUDGET:-2147483648}")
+        size+=(--workload lognormal --requests-per-user 1 --output-mean 32 "${all[@]}" --kv-budget "$eight")
         ;;
     short-paper)
         size+=(--workload alpaca --levels "0.5,4" --duration-seconds 15 --ramp-seconds 3 --min-requests 8 --repeats 1)
@@ -83,11 +86,9 @@ size_of() {
 
 # Run a step; ends with 124 when the piece was over before it.
 step() {
-    # Unlike a padded batch this engine is near enough to vLLM that both are under load for most of the time.
-    local paged="--engine continuous --max-batch 32"
     case $1 in
     quick-13b) size_of quick "$BIG_MODEL" ;;
-    alone | together | own-gpus-*) size_of interference "$MODEL" ;;
+    own-gpus-*) size_of interference "$MODEL" ;;
     *) size_of "$1" "$MODEL" ;;
     esac
     case $1 in
@@ -95,8 +96,6 @@ step() {
     classic) limited "${headroom[@]}" classic --out "$FOLDER/runs/classic" ;;
     quick | ladder | same-memory | paper) compare --preset "$1" "${size[@]}" ;;
     quick-13b) compare --preset quick "${size[@]}" ;;
-    alone) compare "${size[@]}" --max-model-len 1024 --hf-args="$paged" ;;
-    together) compare "${size[@]}" --max-model-len 1024 --hf-args="$paged" --together ;;
     own-gpus-alone) own_gpus ;;
     own-gpus-together) own_gpus --together ;;
     two-gpus) two_gpus ;;
@@ -106,9 +105,7 @@ step() {
         ;;
     kv-sampling) benchmark kv_sampling ;;
     tests-stack) tests test_same_outputs test_vllm_budget test_monitor test_loadtest ;;
-    tests-hf) tests test_hf_process test_hf_worker ;;
-    tests-chaos) tests test_hf_chaos ;;
-    tests-compare) tests test_compare test_classic ;;
+    tests-hf) tests test_hf_process test_hf_worker test_hf_chaos ;;
     esac
 }
 
@@ -167,6 +164,7 @@ benchmark() {
 # Each server on a GPU of its own. `headroom compare` waits until they are up.
 own_gpus() {
     local code=0 common=(--model "$MODEL" --max-model-len 1024)
+    # Unlike a padded batch this engine is near enough to vLLM that both are under load for most of the time.
     serve 0 hf --port 8000 "${common[@]}" --engine continuous --max-batch 32
     serve 1 vllm --port 8001 "${common[@]}"
     compare "${size[@]}" --max-model-len 1024 --start-seconds 300 \
