@@ -94,7 +94,9 @@ def make_monitor(settings: Settings) -> Monitor:
     """Put the parts together."""
     timeline, processes = Timeline(), Processes()
     rates = Rates(settings.hz, settings.max_cpu, settings.minutes * 60)
-    return Monitor(timeline, make_host(timeline, processes, rates), Gpus(timeline, processes, rates), settings.hz)
+    gpus = Gpus(timeline, processes, rates)
+    host = make_host(timeline, processes, rates, beside_gpus=bool(gpus.found))
+    return Monitor(timeline, host, gpus, settings.hz)
 
 
 def banner(settings: Settings, listener: socket.socket, monitor: Monitor) -> str:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 UNATTRIBUTED = "unattributed"
 MAX_SERVERS = 16
 # How often the processes are read while the memory in use does not change.
-CALM_HZ = 10
+CALM_HZ = 5
 UNKNOWN_BYTES = 2**64 - 1
 # In the order in which `Reader.memory` answers them.
 MEMORY_PARTS = ("total", "reserved", "free", "used")
@@ -33,7 +33,7 @@ class Fast:
 
     def __init__(self, gpu: "Gpu", sampling: "Sampling") -> None:
         timeline, rates = sampling.timeline, sampling.rates
-        self.schedule = Schedule(rates.hz, self.tick, sampling.governor, sampling.clocks)
+        self.schedule = Schedule(rates.hz, self.tick, sampling.governors["fast"], sampling.clocks)
         self._gpu = gpu
         self._processes = sampling.processes
         self._clock = sampling.clocks.time_ns

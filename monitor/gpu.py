@@ -18,8 +18,9 @@ from monitor.timeline import Ring, Series, Timeline
 log = logging.getLogger(__name__)
 
 PROCESSES_HZ, SLOW_HZ, DEAR_HZ = 100, 10, 1
-# Of all that sampling may take, what the dear calls of all GPUs may.
-DEAR_SHARE = 0.1
+# Of all that sampling may take, what that of all GPUs may: memory and processes, slow values, dear ones.
+SHARES = {"fast": 0.6, "slow": 0.1}
+DEAR_SHARE = 0.05
 # Lines about one call, so that one that flaps does not fill the log.
 MAX_LINES = 20
 # A call that is not supported is tried again after so long; a device is lost when its main call fails for so long.
@@ -51,12 +52,12 @@ class Rates:
 
 @dataclass(frozen=True)
 class Sampling:
-    """What all GPUs are sampled with."""
+    """What all GPUs are sampled with; each tier that slows down has its governor."""
 
     timeline: Timeline
     processes: Processes
     rates: Rates
-    governor: Governor
+    governors: Mapping[str, Governor]
     clocks: Clocks = CLOCKS
     cards: int = 1
 
@@ -77,7 +78,7 @@ class Gpu:
         self.errors: Counter[str] = Counter()
         self.throttled: dict[str, float] = {}
         self.samplers: list[Sampler] = []
-        self.governed: list[Sampler] = []
+        self.governed: dict[str, Sampler] = {}
         self.rings: list[Ring] = []
         self.busy: dict[str, bool] = {}
         self.clocks = sampling.clocks
@@ -107,6 +108,10 @@ class Gpu:
         self.source.lost, self.source.lost_ns = True, self.clocks.time_ns()
         self.say("device", f"lost, {error}; it is looked for every few seconds")
         self.detach()
+
+    def cpu_seconds(self, tier: str) -> float:
+        """CPU that a governed tier has used until now."""
+        return self.governed[tier].cpu_seconds if tier in self.governed else 0.0
 
     def settled(self) -> bool:
         """Tell whether no thread is inside a call on a device; once detached, none will begin one."""
@@ -179,7 +184,7 @@ class Gpu:
     def _slow(self, sampling: Sampling) -> Schedule:
         hz = sampling.rates.slow_hz
         ring = sampling.timeline.ring(f"gpu{self.gpu}-slow", sampling.rates.seconds * hz, 12)
-        schedule = Schedule(hz, partial(self._read, "slow", SLOW, ring), sampling.governor, sampling.clocks)
+        schedule = Schedule(hz, partial(self._read, "slow", SLOW, ring), sampling.governors["slow"], sampling.clocks)
         self.errors.update(dict.fromkeys(SLOW, 0))
         self._sampled("slow", schedule.steps(), [ring])
         return schedule
@@ -200,8 +205,8 @@ class Gpu:
         self.busy[tier] = False
         sampler = Sampler(f"gpu{self.gpu}-{tier}", steps)
         self.samplers.append(sampler)
-        if tier in ("fast", "slow"):
-            self.governed.append(sampler)
+        if tier in SHARES:
+            self.governed[tier] = sampler
 
     def _read(self, tier: str, calls: Mapping[str, Call], ring: Ring, _: float) -> bool:
         # In this order: whoever detaches the device sees either that a call may be under way or that none will begin.

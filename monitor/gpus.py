@@ -10,10 +10,10 @@ from pathlib import Path
 import pynvml
 
 from monitor.events import Events, Xid
-from monitor.gpu import Gpu, Rates, Sampling
+from monitor.gpu import SHARES, Gpu, Rates, Sampling
 from monitor.nvml import Device, Found, close_nvml, mig_devices, open_nvml
 from monitor.processes import Processes
-from monitor.sampler import CLOCKS, SECOND, Clocks, Governor, Sampler, Schedule, Source, sampling_cpu_seconds
+from monitor.sampler import CLOCKS, SECOND, Clocks, Governor, Sampler, Schedule, Source
 from monitor.timeline import Timeline
 
 log = logging.getLogger(__name__)
@@ -38,8 +38,12 @@ class Gpus:
         self.found: dict[str, Gpu] = {}
         self.reason: str | None = None
         self._clock = clocks.time_ns
-        self._governor = Governor(rates.max_cpu, rates.hz)
-        self._sampling = Sampling(timeline, processes, rates, self._governor, clocks)
+        kinds = {
+            "fast": (rates.hz, "memory of GPUs"),
+            "slow": (rates.slow_hz, "utilization, power, clocks and temperature of GPUs"),
+        }
+        self._governors = {tier: Governor(rates.max_cpu * SHARES[tier], *kind) for tier, kind in kinds.items()}
+        self._sampling = Sampling(timeline, processes, rates, self._governors, clocks)
         self._events = Events(timeline, clocks)
         self._errors: Counter[str] = Counter()
         self._running = False
@@ -93,8 +97,8 @@ class Gpus:
         return {(gpu.gpu, reason): sec for gpu in self.found.values() for reason, sec in gpu.throttled.items()}
 
     def _govern(self, _: float) -> bool:
-        fast = sum(sampler.cpu_seconds for gpu in self.found.values() for sampler in gpu.governed)
-        self._governor.review(self._clock(), sampling_cpu_seconds(), fast)
+        for tier, governor in self._governors.items():
+            governor.review(self._clock(), sum(gpu.cpu_seconds(tier) for gpu in self.found.values()))
         return True
 
     def _watch(self, _: float) -> bool:

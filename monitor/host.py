@@ -6,10 +6,14 @@ from dataclasses import dataclass
 from monitor.fast import MAX_SERVERS
 from monitor.gpu import Rates
 from monitor.processes import Processes
-from monitor.sampler import Sampler, Schedule, Source
+from monitor.sampler import Governor, Sampler, Schedule, Source
 from monitor.timeline import Series, Timeline
 
 HOST_HZ, DETAILS_HZ = 10, 1
+# Of all that sampling may take, what reading the processes may, and what reading the memory that they share.
+HOST_SHARE, SHARED_SHARE = 0.9, 0.1
+# The same on a machine with GPUs, whose memory is what matters there.
+HOST_HZ_BESIDE_GPUS, HOST_SHARE_BESIDE_GPUS, SHARED_SHARE_BESIDE_GPUS = 5, 0.2, 0.05
 LATENESS = Series("monitor_sample_lateness_seconds", detail="host")
 CPU = Series("monitor_cpu_seconds_total")
 
@@ -23,9 +27,14 @@ class Host:
     processes: Processes
 
 
-def make_host(timeline: Timeline, processes: Processes, rates: Rates) -> Host:
+def make_host(timeline: Timeline, processes: Processes, rates: Rates, *, beside_gpus: bool) -> Host:
     """Sample memory and CPU of the processes, once a second their threads and files, and in between what is shared."""
-    hz = min(rates.hz, HOST_HZ)
+    hz, share, shared = (
+        (HOST_HZ_BESIDE_GPUS, HOST_SHARE_BESIDE_GPUS, SHARED_SHARE_BESIDE_GPUS)
+        if beside_gpus
+        else (HOST_HZ, HOST_SHARE, SHARED_SHARE)
+    )
+    hz = min(rates.hz, hz)
     # Five metrics of each server and our lateness; two of each and our CPU.
     often = timeline.ring("host", rates.seconds * hz, 5 * MAX_SERVERS + 1)
     seldom = timeline.ring("host-details", rates.seconds * DETAILS_HZ, 2 * MAX_SERVERS + 1)
@@ -37,14 +46,17 @@ def make_host(timeline: Timeline, processes: Processes, rates: Rates) -> Host:
         return True
 
     def read_details(_: float) -> bool:
+        governor.review(time.monotonic_ns(), host.cpu_seconds)
         seldom.append(processes.read_details() | {CPU: time.process_time()})
         return True
 
-    main = Schedule(hz, read)
+    governor = Governor(rates.max_cpu * share, hz, "processes on the host")
+    main = Schedule(hz, read, governor)
+    host = Sampler("host", main.steps())
     samplers = [
-        Sampler("host", main.steps()),
+        host,
         Sampler("host-details", Schedule(DETAILS_HZ, read_details).steps()),
-        # The dearest reading: an eighth of what all sampling may take.
-        Sampler("host-shared", processes.read_shared(rates.max_cpu / 8)),
+        # The dearest reading.
+        Sampler("host-shared", processes.read_shared(rates.max_cpu * shared)),
     ]
     return Host(Source("host", main, samplers), samplers, processes)

@@ -137,14 +137,14 @@ class Processes:
         for pid, process in self._members.copy().items():
             server = process.server
             try:
-                stat, resident = procfs.read_stat(pid), procfs.resident_bytes(pid)
+                stat = procfs.read_stat(pid)
             except OSError:
                 unknown.add(server)
                 continue
-            if stat is None or stat.started != process.started or resident is None:
+            if stat is None or stat.started != process.started:
                 self._forget(pid)
                 continue
-            resident_bytes[pid] = resident
+            resident_bytes[pid] = resident = stat.resident_bytes
             self._cpu_seconds[server] += max(0.0, stat.cpu_seconds - process.cpu_seconds)
             process.cpu_seconds = stat.cpu_seconds
             readings[Series("host_processes", server)] += 1

@@ -22,6 +22,7 @@ class Stat:
     cpu_seconds: float
     threads: int
     started: int
+    resident_bytes: int
 
 
 def in_host_namespace() -> bool:
@@ -82,7 +83,7 @@ def server_named(pid: int) -> str:
 def read_stat(pid: int) -> Stat | None:
     """Read what is needed of /proc/PID/stat; None when the process has ended. Raises OSError as `_read` does."""
     # The command's name, in parentheses, may hold spaces and parentheses itself.
-    fields = _read(pid, "stat").rpartition(b") ")[2].split(None, 20)
+    fields = _read(pid, "stat").rpartition(b") ")[2].split(None, 22)
     if not fields or fields[0] in b"ZX":
         return None
     return Stat(
@@ -90,6 +91,7 @@ def read_stat(pid: int) -> Stat | None:
         cpu_seconds=(int(fields[11]) + int(fields[12])) / CLOCK_TICKS,
         threads=int(fields[17]),
         started=int(fields[19]),
+        resident_bytes=int(fields[21]) * PAGE_BYTES,
     )
 
 
@@ -107,12 +109,6 @@ def open_files(pid: int) -> int | None:
         return len(os.listdir(f"{PROC}/{pid}/fd"))
     except OSError:
         return None
-
-
-def resident_bytes(pid: int) -> int | None:
-    """Read the resident memory; None when the process has ended. Raises OSError as `_read` does."""
-    pages = _read(pid, "statm").split(None, 2)
-    return int(pages[1]) * PAGE_BYTES if pages else None
 
 
 def shared_bytes(pid: int) -> int | None:

@@ -18,8 +18,6 @@ REVIEW_NS = 5 * SECOND
 # Reviews in a row that must leave room before a slowed source goes faster again, and how much room.
 CALM_REVIEWS = 6
 ROOM = 0.8
-# Reviews in a row in which all else takes too much, until that is said.
-LONG_REVIEWS = 3
 
 
 @dataclass(frozen=True)
@@ -94,15 +92,6 @@ def within(
         before = after
 
 
-def sampling_cpu_seconds() -> float:
-    """CPU that all samplers of this process have used.
-
-    The process as a whole has used more: what it takes to answer /timeline and /metrics is the reader's, and would
-    else slow down the sampling that the reader looks at.
-    """
-    return sum(thread.cpu_seconds for thread in threading.enumerate() if isinstance(thread, Sampler))
-
-
 def go_first() -> None:
     """Ask Linux to run this thread before other processes, where it may (root or CAP_SYS_NICE).
 
@@ -114,59 +103,45 @@ def go_first() -> None:
 
 
 class Governor:
-    """Divides the rates of the fast schedules so that all sampling together keeps within a share of a core.
+    """Divides the rate of schedules so that they keep within a share of a core; `what` they sample is for the log.
 
-    The fast ones may have half of it whatever the rest needs: to slow them down further would gain little.
+    Each kind of sampling has its own, so that one that is dear takes nothing from the others.
     """
 
-    def __init__(self, max_cpu: float, hz: int) -> None:
+    def __init__(self, max_cpu: float, hz: int, what: str = "") -> None:
         self.divider = 1
         self._max_cpu = max_cpu
         self._hz = hz
-        self._calm = self._over = 0
-        self._before: tuple[int, float, float] | None = None
-        self._said: set[str] = set()
+        self._what = what
+        self._calm = 0
+        self._before: tuple[int, float] | None = None
+        self._said = False
 
-    def divider_of(self, hz: int) -> int:
-        """Answer what a rate is divided by: none is faster than the highest, divided."""
-        return -(-hz * self.divider // self._hz)
-
-    def review(self, time_ns: int, total: float, fast: float) -> None:
-        """See the CPU seconds so far, of all sampling and of the fast schedules, and judge them after REVIEW_NS."""
+    def review(self, time_ns: int, cpu_seconds: float) -> None:
+        """See the CPU that the schedules have used until now, and judge it after REVIEW_NS."""
         before = self._before
         if before and time_ns < before[0] + REVIEW_NS:
             return
-        self._before = time_ns, total, fast
+        self._before = time_ns, cpu_seconds
         if before:
-            seconds = (time_ns - before[0]) / SECOND
-            self.decide((total - before[1]) / seconds, (fast - before[2]) / seconds)
+            self.decide((cpu_seconds - before[1]) * SECOND / (time_ns - before[0]))
 
-    def decide(self, total: float, fast: float) -> None:
-        """Halve the rates after too much CPU (shares of a core); double them after many reviews with room."""
-        self._over = self._over + 1 if total > self._max_cpu else 0
-        if self._over:
+    def decide(self, share: float) -> None:
+        """Halve the rate after too much CPU (share of a core); double it after many reviews with room."""
+        if share > self._max_cpu:
             self._calm = 0
-            if fast <= self._max_cpu / 2:
-                if self._over == LONG_REVIEWS:
-                    self._say("reading processes and the dear values of GPUs takes more than half of --max-cpu")
-            elif self.divider * 2 <= self._hz:
+            if self.divider * 2 <= self._hz:
                 self.divider *= 2
-                self._say(
-                    "sampling needs more than --max-cpu: it takes fewer samples of GPUs for now, see "
-                    "headroom_monitor_sample_rate_hertz"
-                )
-        elif self.divider > 1 and min(total + fast, 4 * fast) <= ROOM * self._max_cpu:
+                if not self._said:
+                    self._said = True
+                    log.warning("%s: sampled less often for now, to keep within --max-cpu", self._what)
+        elif self.divider > 1 and 2 * share <= ROOM * self._max_cpu:
             self._calm += 1
             if self._calm == CALM_REVIEWS:
                 self._calm = 0
                 self.divider //= 2
         else:
             self._calm = 0
-
-    def _say(self, text: str) -> None:
-        if text not in self._said:
-            self._said.add(text)
-            log.warning(text)
 
 
 class Schedule:
@@ -214,7 +189,7 @@ class Schedule:
         clock, wall_clock, hz = self._clocks.time_ns, self._clocks.wall_ns, self.wanted_hz
         start = clock()
         number, due, divider = 0, start, 1
-        governor, divided = self._governor or Governor(1.0, hz), 1
+        governor = self._governor or Governor(1.0, hz)
         marked = 0
         while True:
             time_ns = clock()
@@ -233,9 +208,7 @@ class Schedule:
                 marked = time_ns
                 mark = (time_ns, self.samples)
                 self._marks = (self._marks[1] if self._marks[1][1] else mark, mark)
-            if governor.divider != divided:
-                divided = governor.divider
-                divider = governor.divider_of(hz)
+            divider = governor.divider
             number = (passed // divider + 1) * divider
             due = start + number * SECOND // hz
             yield max(0, due - clock()) / SECOND

@@ -22,18 +22,18 @@ class Settings(BaseSettings):
         ge=1,
         le=1000,
         description="samples of the memory of each GPU a second; of its processes up to 100 while that changes and "
-        "else 10, of utilization, power, clocks, throttling and temperature up to 10, of the servers' processes on "
-        "the host up to 10; energy, PCIe, NVLink and ECC are read once a second, or seldomer where those of all "
-        "GPUs take more than a tenth of --max-cpu",
+        "else 5, of utilization, power, clocks, throttling and temperature up to 10, of the servers' processes on "
+        "the host 5, or without a GPU 10; energy, PCIe, NVLink and ECC are read once a second",
     )
     minutes: int = Field(30, ge=1, le=1440, description="how long samples are kept, in memory that is taken at once")
     max_cpu: float = Field(
         0.02,
         gt=0,
         le=1,
-        description="share of a core for all sampling, of GPUs and of the host; rather than take more, GPUs are "
-        "sampled less often, but keep half of it when the rest needs more; shared memory (PSS) gets an eighth over "
-        "time; answering /timeline and /metrics is not part of it",
+        description="share of a core for all sampling; of that 60 % are for the memory and processes of GPUs, 10 % for "
+        "utilization, power, clocks, throttling and temperature, 5 % for energy, PCIe, NVLink and ECC, 20 % for the "
+        "servers' processes on the host, 5 % for the memory that those share (PSS), without a GPU 90 and 10 %; what "
+        "needs more is sampled less often; answering /timeline and /metrics is not part of it",
     )
 
     @model_validator(mode="after")

@@ -39,7 +39,7 @@ def main() -> None:
         made.add("fault", lost, lost + 5, "0 * 15").add("xid", lost, 0, 79)
     rates = Rates(HZ, 1.0, MINUTES * 60)
     simulation = Simulation(made, rates, LATE_NS)
-    host = make_host(simulation.timeline, simulation.processes, rates)
+    host = make_host(simulation.timeline, simulation.processes, rates, beside_gpus=True)
     registry = CollectorRegistry()
     TimelineCollector(simulation.timeline, host.source, simulation.gpus, registry, simulation.now_ns)
     peaks, settled = Counter[float | None](), 0

@@ -13,6 +13,7 @@
      value NAME KEY NUMBER          what another call answers, see the calls below
      fault T1 T2 NAME CALL CODE     what a call returns meanwhile; NAME or CALL may be *
      block T1 T2 NAME CALL SECONDS  how long a call takes meanwhile
+     work T1 T2 NAME CALL SECONDS   how much CPU it takes
      xid T NAME CODE                an XID error; those of a device in the order of time
 
    A fault on every call of a device, or of all, lasts until NVML is closed and opened anew, as after a reset of the GPU
@@ -98,6 +99,8 @@ static void parse(const char *line) {
                     &event.value) == 5) event.kind = 'f';
     else if (sscanf(line, "block %lf %lf %15s %63s %lf", &event.from, &event.until, event.device, event.what,
                     &event.value) == 5) event.kind = 'b';
+    else if (sscanf(line, "work %lf %lf %15s %63s %lf", &event.from, &event.until, event.device, event.what,
+                    &event.value) == 5) event.kind = 'w';
     else if (sscanf(line, "xid %lf %15s %lf", &event.from, event.device, &event.value) == 3) event.kind = 'x';
     else if (line[0] != '\n') fail(line);
     if (event.kind) keep(event);
@@ -121,10 +124,17 @@ static void load(void) {
 
 static int matches(const char *pattern, const char *word) { return !strcmp(pattern, "*") || !strcmp(pattern, word); }
 
-/* The fault of a call now, after as long as it blocks. */
+static void work(double seconds) {
+    struct timespec time;
+    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &time);
+    for (double until = (double)time.tv_sec + time.tv_nsec / 1e9 + seconds; (double)time.tv_sec + time.tv_nsec / 1e9 < until;)
+        clock_gettime(CLOCK_THREAD_CPUTIME_ID, &time);
+}
+
+/* The fault of a call now, after as long as it blocks and works. */
 static int enter(Device *device, const char *call) {
     const char *name = device ? device->name : "*";
-    double time, seconds = 0;
+    double time, seconds = 0, busy = 0;
     int code = (is_open && !is_broken) || !strcmp(call, "init") ? OK : UNINITIALIZED;
     pthread_mutex_lock(&lock);
     load();
@@ -133,6 +143,7 @@ static int enter(Device *device, const char *call) {
         if (time < event->from || time >= event->until || !matches(event->what, call)) continue;
         if (!matches(event->device, name)) continue;
         if (event->kind == 'b') seconds = event->value;
+        if (event->kind == 'w') busy = event->value;
         if (event->kind == 'f') {
             code = (int)event->value;
             if (!strcmp(event->device, "*") && !strcmp(event->what, "*")) is_broken = 1;
@@ -147,6 +158,7 @@ static int enter(Device *device, const char *call) {
     if (!code && device && !device->listed) code = strchr(device->name, '/') ? NOT_FOUND : LOST;
     blocked += seconds > 0;
     pthread_mutex_unlock(&lock);
+    work(busy);
     if (seconds) {
         usleep((useconds_t)(seconds * 1e6));
         pthread_mutex_lock(&lock);

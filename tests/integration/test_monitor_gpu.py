@@ -142,6 +142,23 @@ def test_a_spike_of_20_ms_is_in_the_timeline_and_in_the_maximum(script: Script, 
     assert {used for _, used in thin} == {10 * GIB, 70 * GIB}
 
 
+def test_the_memory_is_sampled_as_often_as_asked_though_other_calls_are_dear(script: Script, start: Start) -> None:
+    script.add("device 0", 80 * GIB).add("memory 0 0", 10 * GIB)
+    for name, value in VALUES.items():
+        script.add("value 0", name, value)
+    for call in ("utilization", "power", "clocks", "throttling", "temperature", "energy", "pcie", "ecc"):
+        script.add("work 0", FOREVER, 0, call, 0.003)
+    monitor = start("--max-cpu", "0.1")
+    time.sleep(12)  # two judgements
+    metrics = monitor.metrics()
+    assert metrics["monitor_sample_rate_hertz", "gpu0"] == pytest.approx(100, abs=10)
+    assert monitor.log.count("utilization, power, clocks and temperature of GPUs: sampled less often") == 1
+    assert "memory of GPUs: sampled" not in monitor.log
+    told = monitor.timeline().to_pylist()
+    power = [row["time_ns"] for row in told if row["metric"] == "gpu_power_watts"]
+    assert power[-1] - power[-2] > 0.15 * SECOND
+
+
 def test_a_spike_is_in_the_maximum_though_the_memory_can_no_longer_be_read(script: Script, start: Start) -> None:
     script.add("device 0", 80 * GIB).add("memory 0 0", 70 * GIB)
     monitor = start()

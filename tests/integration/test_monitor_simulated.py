@@ -116,9 +116,9 @@ def test_a_day_leaves_memory_flat_and_the_schedule_where_it_was(library: Path, s
     assert day["grown_bytes"] < 2_000_000
 
 
-def test_processes_are_read_when_the_memory_changes_and_else_ten_times_a_second(library: Path, script: Script) -> None:
+def test_processes_are_read_when_the_memory_changes_and_else_five_times_a_second(library: Path, script: Script) -> None:
     played = play(library, script, "scenarios", "changing")
-    assert 90 <= len(played["calm"]) <= 115
+    assert 45 <= len(played["calm"]) <= 60
     # The spike within the millisecond, its end once the next reading is due.
     assert [round(at, 3) for at in played["spike"]][:2] == [10.001, 10.01]
     assert 85 <= len([at for at in played["read"] if 11 <= at < 12]) <= 115

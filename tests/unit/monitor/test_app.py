@@ -25,7 +25,9 @@ def monitor() -> Monitor:
     timeline, processes = Timeline(), Processes()
     rates = Rates(hz=50, max_cpu=0.5, seconds=60)
     timeline.ring("gpu7-memory", 100, 1).append({Series("gpu_memory_used_bytes", gpu="7"): 42.0})
-    return Monitor(timeline, make_host(timeline, processes, rates), Gpus(timeline, processes, rates), hz=50)
+    return Monitor(
+        timeline, make_host(timeline, processes, rates, beside_gpus=False), Gpus(timeline, processes, rates), hz=50
+    )
 
 
 @pytest.fixture

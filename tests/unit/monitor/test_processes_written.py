@@ -24,7 +24,7 @@ def proc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def write_process(proc: Path, pid: int, started: int, environ: str, parent: int = 1) -> None:
+def write_process(proc: Path, pid: int, started: int, environ: str, parent: int = 1, pages: int = 10) -> None:
     folder, old = proc / str(pid), proc / "old"
     if folder.exists():
         # Beside the new one until that is made, which so gets another inode, as in /proc.
@@ -32,8 +32,7 @@ def write_process(proc: Path, pid: int, started: int, environ: str, parent: int 
     folder.mkdir()
     shutil.rmtree(old, ignore_errors=True)
     (folder / "environ").write_text(environ)
-    (folder / "stat").write_text(f"{pid} (a name) S) S {parent} {'0 ' * 9}300 200 {'0 ' * 6}{started} 0 0")
-    (folder / "statm").write_text("90 10 0 0 0 0 0")
+    (folder / "stat").write_text(f"{pid} (a name) S) S {parent} {'0 ' * 9}300 200 {'0 ' * 6}{started} 900 {pages} 0 0")
     (folder / "smaps_rollup").write_text("Rss:      40 kB\nPss:      30 kB\nPss_Dirty:  20 kB\n")
 
 
@@ -90,7 +89,7 @@ def test_proportional_memory_follows_resident_memory_between_readings_but_never_
     read_each_once(table)
     seen = []
     for pages in (10, 1000, 1):
-        (proc / "7" / "statm").write_text(f"9000 {pages} 0 0 0 0 0")
+        write_process(proc, pid=7, started=1000, environ="HEADROOM_SERVER=hf\0", pages=pages)
         seen.append(pss(table, "hf"))
     assert seen == [RESIDENT - 10 * 1024, 100 * RESIDENT - 10 * 1024, 0]
 

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from monitor.sampler import (
     CALM_REVIEWS,
-    LONG_REVIEWS,
     REVIEW_NS,
     SECOND,
     STALE_NS,
@@ -22,7 +21,6 @@ from monitor.sampler import (
     Sampler,
     Schedule,
     Source,
-    sampling_cpu_seconds,
 )
 
 WALL_NS = 10**18
@@ -58,7 +56,7 @@ class Machine:
                 return self
             if self.governor and self.time_ns - reviewed >= SECOND:
                 reviewed = self.time_ns
-                self.governor.review(self.time_ns, self.cpu_ns / SECOND, self.cpu_ns / SECOND)
+                self.governor.review(self.time_ns, self.cpu_ns / SECOND)
         raise AssertionError("a schedule has no end")
 
 
@@ -159,34 +157,12 @@ def test_a_rate_without_a_budget_stays() -> None:
     assert Machine(1000, lambda _: 900_000).run(5).schedule.hz == pytest.approx(1000)
 
 
-def test_slow_schedules_give_way_only_when_the_fastest_has_come_down_to_them() -> None:
-    governor = Governor(0.02, 1000)
-    assert [governor.divider_of(hz) for hz in (1000, 20)] == [1, 1]
-    for _ in range(6):
-        governor.decide(0.5, 0.5)
-    assert [governor.divider_of(hz) for hz in (1000, 20)] == [64, 2]
-
-
-def test_the_fast_schedules_keep_half_of_the_budget_when_all_else_takes_too_much(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    governor = Governor(0.02, 1000)
-    for _ in range(LONG_REVIEWS - 1):
-        governor.decide(0.3 + 0.04 / governor.divider, 0.04 / governor.divider)
-    assert governor.divider == 4
-    # A look at new processes takes as much for some seconds.
-    assert "dear values" not in caplog.text
-    governor.decide(0.3, 0.01)
-    assert "processes and the dear values of GPUs" in caplog.text
-
-
-@given(st.lists(st.floats(0, 1), max_size=200), st.integers(1, 1000), st.integers(1, 1000))
-def test_a_governor_never_stops_a_source_nor_exceeds_the_wanted_rate(shares: list[float], hz: int, other: int) -> None:
+@given(st.lists(st.floats(0, 1), max_size=200), st.integers(1, 1000))
+def test_a_governor_never_stops_a_source_nor_exceeds_the_wanted_rate(shares: list[float], hz: int) -> None:
     governor = Governor(0.02, hz)
     for share in shares:
-        governor.decide(share, share)
+        governor.decide(share)
         assert 1 <= governor.divider <= hz
-        assert 1 <= governor.divider_of(min(other, hz)) <= min(other, hz)
 
 
 def test_a_source_is_up_while_its_last_good_tick_is_recent() -> None:
@@ -239,17 +215,16 @@ def busy(seconds: float) -> Iterator[float]:
         yield 0.01
 
 
-def test_the_cpu_of_all_sampling_is_that_of_its_threads_and_of_no_other() -> None:
+def test_the_cpu_of_a_source_is_that_of_its_threads_and_of_no_other() -> None:
     samplers = [Sampler(f"sampler-{number}", busy(0.05)) for number in range(2)]
     source = Source("gpu0", Schedule(1, lambda _: True), samplers)
-    before, all_before = sampling_cpu_seconds(), time.process_time()
+    all_before = time.process_time()
     for sampler in samplers:
         sampler.start()
     deadline, end = time.monotonic() + 30, time.thread_time() + 0.05
     # The CPU of this loop is the test's.
     while source.cpu_seconds < 0.1 or time.thread_time() < end:
         assert time.monotonic() < deadline
-    assert sampling_cpu_seconds() - before == pytest.approx(source.cpu_seconds, abs=0.01)
     assert source.cpu_seconds < time.process_time() - all_before - 0.02
     for sampler in samplers:
         sampler.stop()
