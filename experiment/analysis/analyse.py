@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from experiment.analysis import gates, ladder, stats, steady
+from experiment.analysis.gpus import activity
 from experiment.analysis.memory import cache_figures
 from experiment.analysis.results import JSON, CellResult, Results, pairs, targets
 from experiment.analysis.saturation import Search
@@ -109,7 +110,10 @@ def _target_summary(figures: Figures, cells: Sequence[CellResult]) -> JSON:
         else:
             summary[metric] = asdict(distribution) if distribution else None
     windows = [window for cell in cells if (window := figures.steady[cell.index].window)]
-    return summary | {"memory": figures.results.memory.figures(cells[0].target, windows)}
+    return summary | {
+        "memory": figures.results.memory.figures(cells[0].target, windows),
+        "gpus": activity(figures.results.timeline, windows),
+    }
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
@@ -213,9 +217,14 @@ def _cell_summary(cell: CellResult, figures: Figures) -> JSON:
 
 
 def _sampling_rate(cell: CellResult, timeline: pa.Table | None) -> float | None:
-    """How often the monitor sampled the memory of the server under load during its cell, per second."""
+    """How often the monitor sampled the memory of a GPU, or without one of the server under load, per second."""
     if timeline is None or cell.end_ns <= cell.start_ns:
         return None
-    own = pc.and_(pc.equal(timeline["metric"], "host_rss_bytes"), pc.equal(timeline["server"], cell.target))
     within = pc.and_(pc.greater_equal(timeline["time_ns"], cell.start_ns), pc.less(timeline["time_ns"], cell.end_ns))
-    return float(pc.sum(pc.and_(own, within)).as_py() or 0) / ((cell.end_ns - cell.start_ns) / 1e9)
+    device = timeline.filter(pc.and_(within, pc.equal(timeline["metric"], "gpu_memory_used_bytes")))
+    if device.num_rows:
+        samples = device.num_rows / pc.count_distinct(device["gpu"]).as_py()
+    else:
+        own = pc.and_(pc.equal(timeline["metric"], "host_rss_bytes"), pc.equal(timeline["server"], cell.target))
+        samples = pc.sum(pc.and_(own, within)).as_py() or 0
+    return float(samples / ((cell.end_ns - cell.start_ns) / 1e9))

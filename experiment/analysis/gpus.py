@@ -1,0 +1,33 @@
+"""How busy the GPUs were inside some windows of time, by NVML: it shows whether a server had enough to do."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from experiment.analysis.memory import Window, inside
+
+JSON = dict[str, Any]
+_METRICS = {"gpu_utilization_ratio": "utilization", "gpu_power_watts": "power_watts"}
+
+
+def activity(timeline: pa.Table | None, windows: Sequence[Window]) -> JSON:
+    """Mean and maximum of each GPU's utilization (0 to 1) and power (watts), by GPU; without samples it is left out.
+
+    Utilization is the share of the driver's last averaging time, 1/6 s to 1 s, in which some kernel ran. It is that of
+    all processes on the GPU.
+    """
+    found: JSON = {}
+    if timeline is None:
+        return found
+    for metric, name in _METRICS.items():
+        rows = timeline.filter(pc.equal(timeline["metric"], metric))
+        gpus = rows["gpu"].to_numpy()
+        chosen = inside(rows["time_ns"].to_numpy(), windows)
+        values = rows["value"].to_numpy()
+        for gpu in sorted(set(gpus[chosen])):
+            own = values[chosen & (gpus == gpu)]
+            found.setdefault(gpu, {})[name] = {"mean": float(np.mean(own)), "max": float(np.max(own))}
+    return found
