@@ -11,13 +11,26 @@ def rule(words: Words, gate: JSON) -> str:
 
 def found(words: Words, gate: JSON, arrival: str) -> str:
     """What a gate found; `arrival` is that of the plan, by which levels have their unit."""
-    return words("join.clauses").join(_finding(words, one, arrival) for one in gate["found"])
+    return words("join.clauses").join(_finding(words, one, arrival) for one in _merged(gate["found"]))
+
+
+def _merged(findings: list[JSON]) -> list[JSON]:
+    """Findings that differ in nothing but the target as one, with a list of these."""
+    merged: list[JSON] = []
+    for one in findings:
+        rest = {name: value for name, value in one.items() if name != "target"}
+        same = [other for other in merged if "target" in one and rest | {"target": other.get("target")} == other]
+        if same:
+            same[0]["target"].append(one["target"])
+        else:
+            merged.append(rest | ({"target": [one["target"]]} if "target" in one else {}))
+    return merged
 
 
 def _finding(words: Words, finding: JSON, arrival: str) -> str:
     shown = dict(finding)
     if "target" in finding:
-        shown["target"] = name_of(finding["target"])
+        shown["target"] = words("join.list").join(map(name_of, finding["target"]))
     if "level" in finding:
         shown["level"] = words.level(finding["level"], closed=arrival == "closed")
     if "metric" in finding:
