@@ -48,6 +48,9 @@ class Options(BaseModel):
     endpoint: Literal["completions", "chat"] = Field("completions", description="API that requests are sent to")
     max_context: int = Field(2048, ge=16, description="prompt + output tokens never exceed this")
     requests: int = Field(0, ge=0, description="measured requests to each server; 0: until stopped")
+    min_seconds: float = Field(
+        0.0, ge=0, le=86400, description="closed: with requests, go on with more of them for so long at least"
+    )
     warmup: int = Field(0, ge=0, description="requests sent before the measured ones and left out of statistics")
     drain: int = Field(0, ge=0, description="requests sent after the measured ones, to keep the load up until they end")
     seed: int = Field(0, ge=0, description="the same seed gives the same requests")
@@ -62,7 +65,7 @@ class Options(BaseModel):
 
     @property
     def total(self) -> int | None:
-        """Requests to each server, those of warm-up and drain included; None: until stopped."""
+        """Requests to each server, at least, those of warm-up and drain included; None: until stopped."""
         return self.warmup + self.requests + self.drain if self.requests else None
 
     @field_validator("hf_url", "vllm_url")
@@ -107,6 +110,7 @@ READ_BY: dict[str, dict[str, tuple[str, ...]]] = {
         "burstiness": ("gamma", "steps", "ramp"),
         "duration": ("constant", "poisson", "gamma", "steps", "ramp", "trace"),
         "stages": ("steps", "ramp"),
+        "min_seconds": ("closed",),
         "time_scale": ("trace",),
     },
     "workload": {
@@ -137,6 +141,10 @@ def _arrival_problems(options: Options) -> Problems:
     yield from _unread(options, "arrival")
     if options.drain and not options.requests:
         yield "drain", "is not read without requests, which it follows"
+    if options.min_seconds and not options.requests:
+        yield "min_seconds", "is not read without requests, which it makes more of"
+    if options.min_seconds and options.turns > 1:
+        yield "min_seconds", f"needs turns 1, not {options.turns}"
     if arrival in ("constant", "poisson", "gamma") and not options.rate:
         yield "rate", f"arrival {arrival} needs a rate above 0 requests per second"
     if arrival in ("steps", "ramp") and not options.stages:

@@ -110,8 +110,13 @@ class Run:
     ):
         self.options, self._part = options, part
         self._keep, self._on_end, self._watcher = keep, on_end, watcher
-        self._total = options.total
         shares = part.shares
+        if options.min_seconds and any(share.of > 1 for share in shares.values()):
+            raise ValueError(f"min_seconds: {options.min_seconds:g}: needs one process for each server, got several")
+        measured_end = options.warmup + options.requests if options.requests else None
+        # The index after the last measured request of each target: it moves on until `min_seconds` are over.
+        self._measured_end = dict.fromkeys(shares, measured_end)
+        self._measured_since: dict[str, float] = {}
         for target in shares:
             api_key(target)
         schedules = {target: schedule(options) for target in shares}
@@ -125,7 +130,7 @@ class Run:
         self._ended: Counter[str] = Counter()
         self._measuring = False
         self._planned = {
-            target: None if self._total is None else share.size(self._total, options.turns)
+            target: None if options.total is None else share.size(options.total, options.turns)
             for target, share in shares.items()
         }
         self._pending: list[Record] = []
@@ -149,12 +154,15 @@ class Run:
         if target not in self._requests:
             return None
         request = next(self._requests[target], None)
-        if request is None or self._is_past_end(request):
+        if request and self._goes_on(target, request):
+            self._measured_end[target] = request.index + 1
+            self._planned[target] = (self._planned[target] or 0) + 1
+        if request is None or self._is_past_end(target, request):
             if self._planned[target] is None and self.options.arrival == "closed":
                 self._plan(target)  # the list has come to its end
             return None
-        total = request.index + request.turns if self._total is None else self._total
-        self._handed_out[target] += min(request.turns, total - request.index)
+        total = self._end(target)
+        self._handed_out[target] += request.turns if total is None else min(request.turns, total - request.index)
         return request
 
     def perform(self, target: str, request: Request, body: bytes = b"", scheduled_ns: int | None = None) -> None:
@@ -163,7 +171,7 @@ class Run:
         Also when the greenlet is killed while it waits. In an open loop its `body` is made before it is due.
         """
         turn: Request | None = request
-        while turn and not self._is_past_end(turn):
+        while turn and not self._is_past_end(target, turn):
             exchange = self._send(target, turn, body or self._body(target, turn), scheduled_ns)
             # The next turn waits for the answer and for nothing else.
             body, scheduled_ns = b"", None
@@ -179,9 +187,11 @@ class Run:
         return json.dumps(request.chat_body(model) if chat else request.body(model)).encode()
 
     def _send(self, target: str, request: Request, body: bytes, scheduled_ns: int | None) -> Exchange:
-        if not self._measuring and self._phase(request) == "measured":
-            self._measuring = True
-            self._self_check.begin()
+        if self._phase(target, request) == "measured":
+            self._measured_since.setdefault(target, time.monotonic())
+            if not self._measuring:
+                self._measuring = True
+                self._self_check.begin()
         connection = self._idle[target].pop() if self._idle[target] else self._connect(target)
         path = PATHS[self.options.endpoint]
         if self._watcher:
@@ -205,7 +215,7 @@ class Run:
     def _record(self, target: str, request: Request, exchange: Exchange, **fields: int | None) -> None:
         key = api_key(target)
         fields |= {"worker": self._part.worker}
-        record = make_record(request, exchange, secret=key, target=target, phase=self._phase(request), **fields)
+        record = make_record(request, exchange, secret=key, target=target, phase=self._phase(target, request), **fields)
         if record.error_detail and key:  # an error's own words may hold it too
             record = replace(record, error_detail=record.error_detail.replace(key, "***"))
         self._self_check.sent(record.late_seconds)
@@ -263,14 +273,29 @@ class Run:
         self._planned[target] = self._handed_out[target]
         self._end_if_done()
 
-    def _is_past_end(self, request: Request) -> bool:
-        return self._total is not None and request.index >= self._total
+    def _goes_on(self, target: str, request: Request) -> bool:
+        """Whether a request that would be the first of the drain is still to be measured."""
+        since = self._measured_since.get(target)
+        return (
+            request.index == self._measured_end[target]
+            and since is not None
+            and time.monotonic() < since + self.options.min_seconds
+        )
 
-    def _phase(self, request: Request) -> Phase:
+    def _end(self, target: str) -> int | None:
+        """The index after the target's last request, as far as is known; None: there is no end."""
+        measured_end = self._measured_end[target]
+        return None if measured_end is None else measured_end + self.options.drain
+
+    def _is_past_end(self, target: str, request: Request) -> bool:
+        end = self._end(target)
+        return end is not None and request.index >= end
+
+    def _phase(self, target: str, request: Request) -> Phase:
         if request.index < self.options.warmup:
             return "warmup"
-        measured_end = self.options.warmup + self.options.requests
-        return "drain" if self.options.requests and request.index >= measured_end else "measured"
+        measured_end = self._measured_end[target]
+        return "drain" if measured_end is not None and request.index >= measured_end else "measured"
 
     def _append(self, record: Record) -> None:
         self._pending.append(record)

@@ -96,9 +96,9 @@ def _same_work(plan: JSON, whole: Sequence[CellResult]) -> JSON:
     for level in plan["levels"]:
         own = [cell for cell in whole if cell.level == level]
         for first, second in (pair for other in others for pair in pairs(own, baseline, other)):
-            compared += len(first.requests)
+            compared += min(len(first.requests), len(second.requests))
             values = {"target": second.target, "level": level, "repeat": first.repeat}
-            unequal = stats.different_work(first.requests, second.requests)
+            unequal = stats.different_work(first.requests, second.requests, one_goes_on=bool(plan.get("min_seconds")))
             different += [_finding("other_work", **values, request=index) for index in unequal]
     if not others:
         return _gate("same-work", otherwise=[_finding("one_server")])

@@ -217,9 +217,14 @@ def verdict(low: float, high: float) -> Verdict:
     return "slower" if high < 1 else "no detectable difference"
 
 
-def different_work(first: Requests, second: Requests) -> list[int]:
-    """Indices of the requests that did not get the same prompt and output token counts on both servers."""
+def different_work(first: Requests, second: Requests, *, one_goes_on: bool = False) -> list[int]:
+    """Indices of the requests that did not get the same prompt and output token counts on both servers.
+
+    Where `one_goes_on`, as the faster does until its time is over, what comes after the other's last is passed over.
+    """
     indices = np.union1d(first.index, second.index)
+    if one_goes_on:
+        indices = indices[indices <= min(first.index.max(initial=-1), second.index.max(initial=-1))]
     sides = [_work(requests, indices) for requests in (first, second)]
     different = (sides[0] != sides[1]).any(axis=1) | (sides[0] == UNKNOWN).any(axis=1)
     return [int(index) for index in indices[different]]
@@ -228,6 +233,7 @@ def different_work(first: Requests, second: Requests) -> list[int]:
 def _work(requests: Requests, indices: Longs) -> Longs:
     """Prompt and output tokens by index, shape (indices, 2); UNKNOWN for a request that is not there."""
     found = np.full((len(indices), 2), UNKNOWN, dtype=np.int64)
-    at = np.searchsorted(indices, requests.index)
-    found[at] = np.column_stack([requests.prompt_tokens, requests.output_tokens])
+    there = np.isin(requests.index, indices)
+    at = np.searchsorted(indices, requests.index[there])
+    found[at] = np.column_stack([requests.prompt_tokens, requests.output_tokens])[there]
     return found

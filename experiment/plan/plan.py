@@ -97,6 +97,7 @@ class Plan(Checked):
     )
     requests: int | None = Field(None, ge=2, description="measured requests in a cell; default: from those below")
     requests_per_user: int = Field(3, ge=1, description="closed: measured requests for each one in flight")
+    min_seconds: float = Field(2, ge=0, le=86400, description="closed: a cell is measured for so long at least")
     duration_seconds: float = Field(60, gt=0, description="open loop: measured requests are those of so many seconds")
     min_requests: int = Field(20, ge=2, description="measured requests in a cell, at least")
     ramp_seconds: float = Field(5, ge=0, description="open loop: requests before the measured ones, and after them")

@@ -45,6 +45,7 @@ def make_plan(out: Path, **options: Any) -> Plan:
         "min_requests": 6,
         "requests_per_user": 2,
         "output_mean": 12,
+        "min_seconds": 0,
         "repeats": 1,
     }
     return Plan(hf_port=hf, vllm_port=vllm, monitor_port=monitor, out=str(out), **(small | options))

@@ -126,6 +126,35 @@ def test_every_request_leaves_a_record_with_its_phase_also_when_it_failed(begin:
     assert {record.scheduled_ns for record in records} == {None}
 
 
+def test_measured_requests_go_on_until_the_time_is_over_and_the_drain_follows_them(begin: Begin, kept: Kept) -> None:
+    Handler.seconds = 0.01
+    run = begin("vllm", requests=4, warmup=2, drain=3, min_seconds=0.5)
+    perform_all(run, "vllm")
+    assert kept.ends == [None]
+    run.close()
+    records = sorted(kept.records(), key=lambda record: record.index)
+    assert [record.index for record in records] == list(range(len(records)))
+    phases = [record.phase for record in records]
+    measured = phases.count("measured")
+    assert phases == ["warmup"] * 2 + ["measured"] * measured + ["drain"] * 3
+    took = records[-3].sent_ns - records[2].sent_ns  # the first of the drain is the first that was due too late
+    assert 0.5e9 <= took < 5e9
+    assert measured > 4
+
+
+def test_a_time_that_is_over_before_the_requests_are_cuts_none_of_them_off(begin: Begin, kept: Kept) -> None:
+    run = begin("vllm", requests=5, warmup=1, drain=1, min_seconds=1e-9)
+    perform_all(run, "vllm")
+    run.close()
+    assert [record.phase for record in kept.records()] == ["warmup", *["measured"] * 5, "drain"]
+
+
+def test_several_workers_cannot_agree_on_when_a_time_is_over(begin: Begin) -> None:
+    part = replace(whole(["vllm"]), shares={"vllm": Share(0, 2)})
+    with pytest.raises(ValueError, match="min_seconds: 5: needs one process for each server"):
+        begin(part=part, requests=4, min_seconds=5)
+
+
 def test_both_servers_get_the_same_requests_in_the_same_order(begin: Begin) -> None:
     run = begin("hf", "vllm", requests=5)
     hf = [run.next_request("hf") for _ in range(6)]

@@ -129,6 +129,8 @@ def test_pairs_and_different_work_are_those_of_dictionaries(first: list[Record],
     indices = work[0].keys() | work[1].keys()
     different = [i for i in indices if work[0].get(i) != work[1].get(i) or None in work[0].get(i, ())]
     assert stats.different_work(a, b) == sorted(different)
+    end = min(max(one, default=-1) for one in work)
+    assert stats.different_work(a, b, one_goes_on=True) == sorted(index for index in different if index <= end)
 
 
 @given(some(), st.lists(st.tuples(st.integers(0, 2 * TIME), st.integers(0, 50)), max_size=20), st.integers(1, 8))
