@@ -130,7 +130,7 @@ class Run:
         self._ended: Counter[str] = Counter()
         self._measuring = False
         self._planned = {
-            target: None if options.total is None else share.size(options.total, options.turns)
+            target: None if options.total is None or options.min_seconds else share.size(options.total, options.turns)
             for target, share in shares.items()
         }
         self._pending: list[Record] = []
@@ -156,10 +156,9 @@ class Run:
         request = next(self._requests[target], None)
         if request and self._goes_on(target, request):
             self._measured_end[target] = request.index + 1
-            self._planned[target] = (self._planned[target] or 0) + 1
         if request is None or self._is_past_end(target, request):
             if self._planned[target] is None and self.options.arrival == "closed":
-                self._plan(target)  # the list has come to its end
+                self._plan(target)  # the list, or the time that it goes on for, has come to its end
             return None
         total = self._end(target)
         self._handed_out[target] += request.turns if total is None else min(request.turns, total - request.index)

@@ -174,7 +174,7 @@ class Plan(Checked):
         return self
 
     def measured(self, level: float) -> int:
-        """Measured requests in a cell."""
+        """Measured requests in a cell; in a closed loop at least, see `min_seconds`."""
         if self.requests:
             return self.requests
         wanted = self.requests_per_user * level if self.arrival == "closed" else self.duration_seconds * level
