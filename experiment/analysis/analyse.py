@@ -138,19 +138,25 @@ def _ratios(figures: Figures, compared: Sequence[tuple[CellResult, CellResult]],
     for metric in stats.COMPARED:
         repeats = [stats.paired(a.requests, b.requests, metric) for a, b in compared]
         found[metric] = {"repeats": [ratio for values in repeats if (ratio := stats.ratio_of_means(values))]}
+    found = {
+        metric: one | asdict(stats.ratio_of_pairs(one["repeats"])) for metric, one in found.items() if one["repeats"]
+    }
     for name in RATES:
         both = [(figures.rate(a, name), figures.rate(b, name)) for a, b in compared]
-        known = [(a, b) for a, b in both if a and b]
-        first, second = (sum(side) / len(known) for side in zip(*known, strict=True)) if known else (None, None)
-        found[name] = {"repeats": [b / a for a, b in known], "first": first, "second": second}
+        known = [(a, b) for a, b in both if a is not None and b is not None]
+        if any(a or b for a, b in known):
+            found[name] = _ratio_of_rates(*zip(*known, strict=True))
     sure = {metric: valid and not (drifted and metric in stats.COMPARED) for metric in found}
-    return {
-        metric: ratio
-        | asdict(stats.ratio_of_pairs(ratio["repeats"]))
-        | ({} if sure[metric] else {"verdict": "invalid"})
-        for metric, ratio in found.items()
-        if ratio["repeats"]
-    }
+    return {metric: one | ({} if sure[metric] else {"verdict": "invalid"}) for metric, one in found.items()}
+
+
+def _ratio_of_rates(first: Sequence[float], second: Sequence[float]) -> JSON:
+    """A rate of the second server over that of the first, by repeat."""
+    means = {"first": sum(first) / len(first), "second": sum(second) / len(second)}
+    if all(first) and all(second):
+        ratios = [b / a for a, b in zip(first, second, strict=True)]
+        return {"repeats": ratios, **means, **asdict(stats.ratio_of_pairs(ratios))}
+    return {"repeats": [], **means, **asdict(stats.ratio_with_none(first, second))}
 
 
 def _saturation(figures: Figures, target: str) -> JSON | None:

@@ -161,9 +161,11 @@ def _client_was_fast_enough(cells: Sequence[CellResult]) -> JSON:
     against += [
         _finding("too_slow", cell=index, reasons=client["reasons"]) for index, client in judged if not client["valid"]
     ]
+    short = [index for index, client in judged if client["valid"] and client["cpu_share"] is None]
+    unknown = [_finding("too_short_for_cpu", cells=short)] if short else []
     behind = [] if all(client["goes_first"] for _, client in judged) else [_finding("not_first")]
     worst = list(_worst([client for _, client in judged])) or [_finding("nothing_against")]
-    gate = _gate("client-fast", against=against, otherwise=worst)
+    gate = _gate("client-fast", against=against, unknown=unknown, otherwise=worst)
     return gate | {"found": gate["found"] + behind}
 
 

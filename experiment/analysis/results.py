@@ -104,6 +104,8 @@ def damage_named(path: Path) -> Iterator[None]:
 def load(folder: Path) -> Results:
     """Read a result folder; raises ResultError, OSError."""
     plan, environment, status = (_read_json(folder / f"{name}.json") for name in ("plan", "environment", "status"))
+    if not (folder / "cells").is_dir():
+        raise ResultError(f"{folder}: cells/ is missing, of which all figures are made; its report may be there still")
     plan = {**OLD_PLAN, "levels": plan.get("concurrency"), **plan}
     with damage_named(folder / "environment.json"):
         parts = _parts(environment)

@@ -29,9 +29,12 @@ class Summary:
 
 @dataclass(frozen=True)
 class Ratio:
-    """How many times better the second server is than the first, with a 95 % interval where there is one."""
+    """How many times better the second server is than the first, with a 95 % interval where there is one.
 
-    value: float
+    There is no value where the first never had any of a rate.
+    """
+
+    value: float | None
     low: float | None
     high: float | None
     verdict: Verdict
@@ -164,12 +167,16 @@ def wilson(share: float, count: int) -> tuple[float, float]:
 
 
 def goodput(requests: Requests, limits: Mapping[str, float]) -> float | None:
-    """Requests that met every limit and ended inside the steady window over its length, in requests per second."""
-    window = steady_window(requests)
-    if window is None or window[1] <= window[0]:
+    """Requests that ended inside the steady window over its length (1/s), times the share of measured within limits.
+
+    The share is of the measured alone, as those before them met a server that was not yet under
+    load; the rate is of all, as those too take their part of the server while they end.
+    """
+    window, share = steady_window(requests), attainment(requests, limits)
+    if window is None or window[1] <= window[0] or share is None:
         return None
-    inside = (requests.last_ns > window[0]) & (requests.last_ns <= window[1])
-    return float((meets(requests, limits) & inside).sum() / ((window[1] - window[0]) / 1e9))
+    inside = (requests.end_ns > window[0]) & (requests.end_ns <= window[1])
+    return float(share * inside.sum() / ((window[1] - window[0]) / 1e9))
 
 
 def paired(first: Requests, second: Requests, metric: str) -> Floats:
@@ -208,6 +215,21 @@ def ratio_of_pairs(ratios: Sequence[float]) -> Ratio:
     reach = stdtrit(len(logs) - 1, 0.975) * logs.std(ddof=1) / np.sqrt(len(logs))
     low, high = (float(np.exp(logs.mean() + way * reach)) for way in (-1, 1))
     return Ratio(value, low, high, verdict(low, high))
+
+
+def ratio_with_none(first: Sequence[float], second: Sequence[float]) -> Ratio:
+    """What can be said of pairs of rates some of which are 0, of which there is no mean ratio: that of the means.
+
+    There is a verdict where one server has none in any of two repeats or more, and the other has some in each.
+    """
+    means = [sum(side) / len(side) for side in (first, second)]
+    verdict: Verdict = "no detectable difference"
+    if len(first) > 1 and any(means):
+        if not any(second) and all(first):
+            verdict = "slower"
+        elif not any(first) and all(second):
+            verdict = "faster"
+    return Ratio(means[1] / means[0] if means[0] else None, None, None, verdict)
 
 
 def verdict(low: float, high: float) -> Verdict:

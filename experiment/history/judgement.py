@@ -55,8 +55,8 @@ def judge(run: Run, baseline: Run, rules: Rules) -> Iterator[Ruling]:
         yield from _validity("baseline", baseline)
     with damage_named(run.folder):
         yield from _validity("run", run)
-        yield from _comparable(baseline, run)
-        names = rules.targets or targets(run)[1:] or targets(run)
+        names, theirs = (rules.targets or targets(one)[1:] or targets(one) for one in (run, baseline))
+        yield from _comparable(baseline, run, theirs)
         for level in run.summary["levels"]:
             for name in names:
                 yield from _limits((level["level"], name), level["targets"].get(name), run, rules)
@@ -78,10 +78,19 @@ def _validity(name: str, run: Run) -> Iterator[Ruling]:
     yield Ruling(f"{name} is valid", "the run came to its planned end", whole, reason or state)
 
 
-def _comparable(baseline: Run, run: Run) -> Iterator[Ruling]:
+def _lost(baseline: Run, run: Run, names: Sequence[str]) -> list[str]:
+    """The servers and loads of the baseline that the run does not have, of those that are held against it."""
+    ours = {(level["level"], name) for level in run.summary["levels"] for name in level["targets"]}
+    theirs = [(level["level"], name) for level in baseline.summary["levels"] for name in level["targets"]]
+    return [_group(key, baseline) for key in theirs if key not in ours and key[1] in names]
+
+
+def _comparable(baseline: Run, run: Run, names: Sequence[str]) -> Iterator[Ruling]:
     against = [one for one in differences(baseline, run) if one.matters]
     told = "; ".join(f"{one.what}: {one.first} -> {one.second}" if one.first else one.second for one in against)
-    outcome: Outcome = "invalid" if against else "passed"
+    if lost := _lost(baseline, run, names):
+        told = "; ".join([*([told] if told else []), f"only the baseline has {', '.join(lost)}"])
+    outcome: Outcome = "invalid" if against or lost else "passed"
     rule = "both runs have the same model, workload, requests and hardware"
     yield Ruling("run and baseline are comparable", rule, outcome, told or "the same")
 
@@ -132,6 +141,10 @@ def _regression(group: str, metric: str, change: Change | None, allowed: float) 
     ruling = Ruling(group, rule, "invalid", "a run is not valid, or drifted", metric, limit, *figures)
     if change.verdict == "invalid":
         return ruling
+    if change.low is None and change.verdict == "worse":
+        return replace(ruling, outcome="failed", found="the run has none in any repeat")
+    if change.low is None and change.verdict == "better":
+        return replace(ruling, outcome="passed", found="the baseline has none in any repeat")
     if change.low is None or change.high is None:
         return replace(ruling, found="no interval: both runs need two repeats")
     if change.high < 1 - allowed:

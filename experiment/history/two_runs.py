@@ -1,5 +1,6 @@
 """Two runs held against each other: what differs between them, and each metric with its ratio and interval."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +23,9 @@ WORK = ("model", "workload", "input_mean", "output_mean", "sigma", "arrival", "t
 ELSEWHERE = ("out", "hf_port", "vllm_port", "monitor_port", "start_seconds", "cell_seconds", "gate")
 GIB = 2**30
 Method = Literal["paired", "unpaired"]
+METHOD_OF: dict[bool, Method] = {True: "paired", False: "unpaired"}
+# What a verdict on the second of two servers is called of the second of two runs.
+AS_CHANGE: dict[str, Verdict] = {"faster": "better", "slower": "worse"}
 Key = tuple[float, str]
 METHODS: dict[Method, str] = {
     "paired": "Both runs made the same requests, so repeat is held against repeat: the interval is Student's, over the "
@@ -164,15 +168,21 @@ def _place(key: Key, order: Sequence[str]) -> tuple[float, int]:
 def repeats(run: Run, key: Key, metric: str, limits: Mapping[str, float]) -> dict[int, float]:
     """The metric of each repeat of a target at a level, without those that have none."""
     own = (cell for cell in cells(run) if (cell.level, cell.target) == key)
-    return {cell.repeat: value for cell in own if (value := value_of(cell, metric, limits))}
+    return {cell.repeat: value for cell in own if (value := value_of(cell, metric, limits)) is not None}
 
 
 def change(key: tuple[float, str, str], first: Sequence[float], second: Sequence[float], *, paired: bool) -> Change:
-    """Hold the repeats of a metric against each other; `key` is its level, target and name, values are above 0.
+    """Hold the repeats of a metric against each other; `key` is its level, target and name.
 
-    Paired, each repeat is held against that of the same requests, which takes what differs between requests out of the
-    spread. Else the interval is Welch's (Biometrika 34, 1947), of two samples that need not spread alike.
+    Where some repeat has none of a rate there is no mean ratio and no interval: see `stats.ratio_with_none`. Paired,
+    each repeat is held against that of the same requests, which takes what differs between requests out of the spread.
+    Else the interval is Welch's (Biometrika 34, 1947), of two samples that need not spread alike.
     """
+    means, method = (float(np.mean(first)), float(np.mean(second))), METHOD_OF[paired]
+    if not all((*first, *second)):
+        found = stats.ratio_with_none(first, second)
+        told: Verdict = AS_CHANGE.get(found.verdict, "no detectable difference")
+        return Change(*key, *means, math.inf if found.value is None else found.value, None, None, told, method)
     a, b = np.log(first), np.log(second)
     way = 1 if key[2] in RATES else -1
     gain = way * float(b.mean() - a.mean())
@@ -183,8 +193,7 @@ def change(key: tuple[float, str, str], first: Sequence[float], second: Sequence
     verdict: Verdict = "no detectable difference"
     if low is not None and high is not None:
         verdict = "better" if low > 1 else "worse" if high < 1 else verdict
-    means = float(np.mean(first)), float(np.mean(second))
-    return Change(*key, *means, float(np.exp(gain)), low, high, verdict, "paired" if paired else "unpaired")
+    return Change(*key, *means, float(np.exp(gain)), low, high, verdict, method)
 
 
 def _paired_reach(logs: Floats) -> float:
@@ -213,8 +222,9 @@ def work(first: Run, second: Run) -> dict[Key, tuple[int, int]]:
         other = theirs.get((cell.level, cell.target, cell.repeat))
         if other:
             compared, different = found[cell.level, cell.target]
-            different += len(stats.different_work(other.requests, cell.requests))
-            found[cell.level, cell.target] = compared + len(cell.requests), different
+            goes_on = any(run.results.plan.get("min_seconds") for run in (first, second))
+            different += len(stats.different_work(other.requests, cell.requests, one_goes_on=goes_on))
+            found[cell.level, cell.target] = compared + min(len(other.requests), len(cell.requests)), different
     return found
 
 

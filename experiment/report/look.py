@@ -22,7 +22,7 @@ WIDTH, HEIGHT = 356, 240
 INK, GRID, PAPER = "#59636e", "#d8dee4", "#ffffff"
 # Okabe and Ito's colours and two more, which the colour-blind tell apart too, without those of the parts of a KV cache;
 # shapes tell targets apart in grey.
-COLORS = ("#d55e00", "#0072b2", "#56b4e9", "#8c510a", "#24292f", "#7f7f00", "#cc79a7")
+COLORS = ("#d55e00", "#0072b2", "#cc79a7", "#8c510a", "#24292f", "#7f7f00", "#56b4e9")
 # The places of our own servers among the colours, and the order in which other ones take what is left.
 OWN = {"hf": 0, "vllm": 1, "sequential": 0, "batch": 2, "batch-static": 3, "continuous": 4}
 SPARE = (5, 6, 2, 3, 4, 0, 1)

@@ -54,7 +54,8 @@ def _compared(frame: Frame, summary: JSON) -> Compared | None:
     metrics = ("output_throughput",) if frame.closed else ("response_seconds", "e2e_seconds", "output_throughput")
     for metric in metrics:
         for level in reversed(summary["levels"]):
-            known = {target: found[metric] for target, found in level["ratios"].items() if found.get(metric)}
+            told = {target: found[metric] for target, found in level["ratios"].items() if metric in found}
+            known = {target: ratio for target, ratio in told.items() if ratio["value"] is not None}
             ratios = {target: ratio for target, ratio in known.items() if _judged(summary, level, target, metric)}
             if ratios:
                 return Compared(level["level"], metric, ratios)
@@ -80,7 +81,7 @@ def _comparison(frame: Frame, summary: JSON, compared: Compared) -> str:
     kind = "speed" if compared.metric == "output_throughput" else "time"
     clause = words(f"verdict.{kind}", **names, **values, interval=interval)
     if not interval:
-        clause += words("verdict.one_repeat")
+        clause += words("verdict.one_repeat") if ratio["repeats"] else ""
     elif stats.verdict(ratio["low"], ratio["high"]) == "no detectable difference":
         clause += words("verdict.no_difference")
     return words("verdict.level", where=_where(frame, summary, compared.level), clauses=clause)

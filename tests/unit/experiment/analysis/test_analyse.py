@@ -1,6 +1,7 @@
 """Any targets, open loops, limits, the search for the saturation and the ladder: from a folder to figures."""
 
 import json
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,10 @@ def test_every_target_is_compared_with_the_first_one_and_the_ladder_with_its_nei
     cells = [(name, 1.0, repeat, False, requests(wait)) for repeat in (1, 2) for name, wait in waits.items()]
     found = summary(make(tmp_path, cells, targets=LADDER, repeats=2))
     assert (found["baseline"], found["targets"]) == ("one", list(waits))
-    assert found["comparisons"] == 3 * len(found["levels"][0]["ratios"]["vllm"])
+    ratios = found["levels"][0]["ratios"]["vllm"]
+    # Of goodput there is no ratio: the first had none.
+    assert (ratios["goodput"]["value"], ratios["goodput"]["verdict"]) == (None, "faster")
+    assert found["comparisons"] == 3 * (len(ratios) - 1)
     assert found["valid"] is True
     (level,) = found["levels"]
     ratios = {name: ratio["ttft_seconds"]["value"] for name, ratio in level["ratios"].items()}
@@ -110,8 +114,23 @@ def test_figures_of_an_open_loop_count_from_the_schedule_and_are_held_against_th
     # Ten were good, in the time from 0 until the last one, sent at 10 s, failed.
     assert one["goodput"] == pytest.approx(10 / 11)
     assert vllm["goodput"] == 0
-    assert "goodput" not in found["levels"][0]["ratios"]["vllm"]
+    ratio = found["levels"][0]["ratios"]["vllm"]["goodput"]
+    assert (ratio["value"], ratio["low"]) == (0, None)
     assert found["limits"] == LIMITS
+
+
+def test_a_server_that_is_never_within_the_limits_is_slower_in_goodput(tmp_path: Path) -> None:
+    waits = {"one": 0.1, "vllm": 0.6}
+    cells = [(name, 1.0, repeat, False, requests(wait)) for repeat in (1, 2) for name, wait in waits.items()]
+    found = summary(make(tmp_path, cells, repeats=2))["levels"][0]["ratios"]["vllm"]["goodput"]
+    assert (found["value"], found["low"], found["verdict"], found["second"]) == (0, None, "slower", 0)
+
+
+def test_requests_of_the_warm_up_are_not_within_the_limits_for_the_measured(tmp_path: Path) -> None:
+    early = [replace(one, phase="warmup") for one in requests(0.1, count=5)]
+    late = [replace(one, index=one.index + 5) for one in requests(0.6, count=5)]
+    cells = [(name, 1.0, 1, False, [*early, *late]) for name in ("one", "vllm")]
+    assert summary(make(tmp_path, cells))["levels"][0]["targets"]["one"]["goodput"] == 0
 
 
 def test_without_limits_there_is_no_goodput_and_no_attainment(tmp_path: Path) -> None:

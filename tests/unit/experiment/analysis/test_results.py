@@ -186,9 +186,17 @@ def test_a_level_that_no_server_ran_is_left_out(tmp_path: Path) -> None:
 def test_a_run_in_which_nothing_was_measured_compares_nothing(tmp_path: Path) -> None:
     folder = make_folder(tmp_path, state="partial")
     shutil.rmtree(folder / "cells")
+    (folder / "cells").mkdir()
     summary = summary_of(folder)
     assert headline(summary).startswith("Not valid: no comparison")
     assert (summary["levels"], summary["cells"], summary["valid"]) == ([], [], False)
+
+
+def test_a_folder_of_which_only_the_report_was_kept_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path)
+    shutil.rmtree(folder / "cells")
+    with pytest.raises(ResultError, match="cells/ is missing, of which all figures are made"):
+        load(folder)
 
 
 def test_a_server_that_ran_twice_is_compared_only_where_the_other_ran_too(folder: Path) -> None:

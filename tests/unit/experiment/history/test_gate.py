@@ -83,6 +83,24 @@ def test_a_pass_says_how_many_intervals_prove_little(
     assert "too wide" not in run_gate(baseline, make(tmp_path / "same"), capsys)[1]
 
 
+def test_a_run_that_lost_a_load_or_a_server_of_its_baseline_is_not_judged(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    baseline = make(tmp_path / "baseline", levels=[2, 3])
+    code, out = run_gate(baseline, make(tmp_path / "run", levels=[2]), capsys)
+    assert code == 2
+    assert "only the baseline has vllm at concurrency 3" in out
+
+
+def test_a_server_that_is_no_longer_within_the_limits_at_all_fails(tmp_path: Path) -> None:
+    baseline, run = (
+        make(tmp_path / name, factor, limits={"ttft_seconds": 0.3}) for name, factor in (("one", 1), ("two", 0.1))
+    )
+    ruling = regressions(baseline, run, metrics=["goodput"])["goodput"]
+    assert (ruling.outcome, ruling.found) == ("failed", "the run has none in any repeat")
+    assert regressions(run, baseline, metrics=["goodput"])["goodput"].outcome == "passed"
+
+
 def test_what_is_allowed_decides(tmp_path: Path, baseline: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = make(tmp_path / "run", 0.9, 0.001)
     code, out = run_gate(baseline, run, capsys)

@@ -13,7 +13,15 @@ from experiment.analysis.results import JSON
 from experiment.report import look, sentence
 from experiment.words import LANGUAGES, Words, findings
 
-RATIO = {"value": 2.0, "low": 1.5, "high": 2.5, "verdict": "faster", "first": 1234.4, "second": 2468.8}
+RATIO = {
+    "repeats": [2.0],
+    "value": 2.0,
+    "low": 1.5,
+    "high": 2.5,
+    "verdict": "faster",
+    "first": 1234.4,
+    "second": 2468.8,
+}
 EQUAL = RATIO | {"value": 1.01, "low": 0.9, "high": 1.1, "verdict": "no detectable difference"}
 ALONE = RATIO | {"low": None, "high": None, "verdict": "no detectable difference"}
 
