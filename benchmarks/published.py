@@ -8,9 +8,11 @@ out of measured stands beside it.
 import argparse
 import json
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from experiment.analysis.stats import ratio_of_pairs
 from experiment.report.caches import PAPER
 
 JSON = dict[str, Any]
@@ -92,7 +94,6 @@ def cache(same: JSON) -> Iterator[str]:
 def claims(ladder: JSON, same: JSON, classic: JSON) -> Iterator[str]:
     """The launch post's and the original experiment's figures beside ours."""
     high = ladder["levels"][-1]
-    whole = {step["to"]: step["ratio"]["value"] for step in ladder["ladder"] if step["level"] == high["level"]}
     found = {finding["key"]: finding["figures"] for finding in classic["findings"]}
     took = found["faster"]
     yield from table("claim", "theirs", "here")
@@ -100,8 +101,9 @@ def claims(ladder: JSON, same: JSON, classic: JSON) -> Iterator[str]:
     yield row(
         "launch post: vLLM over Transformers", POST, f"{times(of_all)} of `sequential`, {high['level']} in flight"
     )
-    of_batch = whole["continuous"] * whole["vllm"]
-    yield row("", "", f"{of_batch:.2f} of `batch`, {high['level']} in flight")
+    batch, vllm = (high["targets"][name]["output_throughput"] for name in ("batch", "vllm"))
+    of_batch = asdict(ratio_of_pairs([ours / theirs for theirs, ours in zip(batch, vllm, strict=True)]))
+    yield row("", "", f"{times(of_batch)} of `batch`, {high['level']} in flight")
     last = same["levels"][-1]
     ratio = last["ratios"]["vllm"]["output_throughput"]
     yield row("", "", f"{times(ratio)} of `batch` in the same bytes, {last['level']} in flight")

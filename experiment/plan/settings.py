@@ -24,6 +24,19 @@ PRESETS = Path(__file__).with_name("presets")
 DEFAULT_PRESET = "quick"
 
 
+# A key that the arrivals or the workload chosen would not read is an error where it was given: a duration without an
+# arrival is a closed loop by mistake.
+READ_BY: dict[str, dict[str, tuple[str, ...]]] = {
+    "arrival": {
+        "requests_per_user": ("closed",),
+        "min_seconds": ("closed",),
+        "duration_seconds": ("poisson", "constant"),
+        "ramp_seconds": ("poisson", "constant"),
+    },
+    "workload": dict.fromkeys(("input_mean", "output_mean", "sigma"), ("lognormal",)),
+}
+
+
 class PlanError(Exception):
     """Bad input; each line names the key, the value and what is allowed."""
 
@@ -104,11 +117,27 @@ def read_plan(arguments: Sequence[str]) -> Plan:
         settings = CliApp.run(Settings, cli_args=list(arguments))
         if settings.resume is not None:
             raise PlanError(f"resume: {settings.resume!r}: expected headroom compare --resume DIR and nothing else")
-        return Plan.model_validate(_folded(settings))
+        plan = Plan.model_validate(_folded(settings))
+        if unread := list(_unread(plan, settings)):
+            raise PlanError("\n".join(unread))
+        return plan
     except ValidationError as error:
         raise PlanError("\n".join(_problems(error))) from None
     except SettingsError as error:
         raise PlanError(str(error)) from None
+
+
+def _unread(plan: Plan, settings: Settings) -> Iterator[str]:
+    """The keys that were given and would change nothing; the plan.json of another run gives them all."""
+    if settings.plan and settings.plan.endswith(".json"):
+        return
+    before = Plan.model_validate(_read_yaml(PRESETS / f"{settings.preset or DEFAULT_PRESET}.yaml"))
+    for by, keys in READ_BY.items():
+        chosen = getattr(plan, by)
+        for name, readers in keys.items():
+            value = getattr(plan, name)
+            if chosen not in readers and value != getattr(before, name):
+                yield f"{name}: {value:g}: is not read by {by} {chosen}; expected {by} {' or '.join(readers)}"
 
 
 def _folded(settings: Settings) -> dict[str, Any]:
@@ -131,7 +160,7 @@ def _folded(settings: Settings) -> dict[str, Any]:
 
 def _problems(error: ValidationError) -> Iterator[str]:
     for problem in error.errors():
-        where = ".".join(str(part) for part in problem["loc"])
+        where = ".".join(str(part) for part in problem["loc"] if part != "[key]")
         message = problem["msg"].removeprefix("Value error, ")
         if problem["type"] == "extra_forbidden":
             close = difflib.get_close_matches(where, Settings.model_fields, 1)

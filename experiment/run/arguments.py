@@ -7,6 +7,7 @@ from experiment.plan.plan import Plan, Target
 from experiment.plan.settings import PlanError
 from experiment.run.stack import command_of
 
+MODEL = "import sys; from servers.models import SHAPES; print(*SHAPES)"
 # Where a kind of server has its settings, which load neither torch nor a model.
 SETTINGS = {"hf": "servers.hf.settings", "vllm": "servers.vllm.launch"}
 CHECK = """
@@ -19,10 +20,22 @@ parse(Settings, PROGRAM, sys.argv[1:])
 
 def require_arguments(plan: Plan) -> None:
     """Raise PlanError for a target whose server would refuse its arguments; those behind -- only vLLM can judge."""
+    _require_shape(plan)
     for target in plan.targets:
         given = plan.hf_args if target.kind == "hf" else plan.vllm_args
         if not target.url and (target.args or given):
             _require(plan, target, given)
+
+
+def _require_shape(plan: Plan) -> None:
+    """Raise PlanError for random weights of a shape that no server knows."""
+    kind, _, shape = plan.model.partition(":")
+    if kind == "random" and any(not target.url for target in plan.targets):
+        shapes = subprocess.run(
+            [sys.executable, "-c", MODEL], capture_output=True, text=True, check=True
+        ).stdout.split()
+        if shape not in shapes:
+            raise PlanError(f"model: {plan.model!r}: unknown shape; expected random: and one of {', '.join(shapes)}")
 
 
 def _require(plan: Plan, target: Target, given: str) -> None:

@@ -24,12 +24,40 @@ def test_every_preset_is_a_plan(name: str) -> None:
     assert list(read_plan(["--preset", name]).cells())
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (
+            ["--duration-seconds", "600"],
+            "duration_seconds: 600: is not read by arrival closed; expected arrival poisson",
+        ),
+        (
+            ["--preset", "paper", "--min-seconds", "3"],
+            "min_seconds: 3: is not read by arrival poisson; expected arrival",
+        ),
+        (
+            ["--workload", "alpaca", "--sigma", "1"],
+            "sigma: 1: is not read by workload alpaca; expected workload lognormal",
+        ),
+    ],
+)
+def test_a_key_that_would_change_nothing_is_refused(given: list[str], said: str) -> None:
+    with pytest.raises(PlanError, match=said):
+        read_plan(given)
+
+
+def test_the_plan_of_another_run_has_all_keys(tmp_path: Path) -> None:
+    file = tmp_path / "plan.json"
+    file.write_text(Plan(duration_seconds=7).model_dump_json())
+    assert read_plan([str(file)]).duration_seconds == 7
+
+
 def test_the_nearest_source_wins(plan_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plan_file.write_text("preset: paper\nrepeats: 7\nseed: 7\nsigma: 0.7\n")
+    plan_file.write_text("preset: paper\nrepeats: 7\nseed: 7\nattainment: 0.7\n")
     monkeypatch.setenv("HEADROOM_REPEATS", "8")
     monkeypatch.setenv("HEADROOM_SEED", "8")
     plan = read_plan([str(plan_file), "--repeats", "9"])
-    assert (plan.repeats, plan.seed, plan.sigma, plan.workload) == (9, 8, 0.7, "sharegpt")
+    assert (plan.repeats, plan.seed, plan.attainment, plan.workload) == (9, 8, 0.7, "sharegpt")
 
 
 def test_a_preset_on_the_command_line_goes_before_that_of_the_file(plan_file: Path) -> None:

@@ -28,3 +28,10 @@ def test_what_servers_take_is_taken_and_what_is_for_others_is_not_asked_about() 
     other = {"name": "c", "kind": "url", "url": "http://127.0.0.1:1"}
     own = {"name": "v", "kind": "vllm", "args": "--max-num-seqs 3 -- --no-such-option-of-vllm"}
     require_arguments(make_plan(targets=[HF, own, other], hf_args="--engine batch"))
+
+
+def test_random_weights_of_a_shape_that_no_server_knows_are_refused_before_anything_is_started() -> None:
+    with pytest.raises(
+        PlanError, match=r"model: 'random:huge': unknown shape; expected random: and one of tiny, gpt2,"
+    ):
+        require_arguments(make_plan(model="random:huge"))
