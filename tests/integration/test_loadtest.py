@@ -76,13 +76,18 @@ def test_requests_past_the_context_are_records_of_kind_http_4xx(stack: Stack, tm
     assert all("2048" in str(r.error_detail) for r in found)
 
 
-def test_servers_at_their_urls_are_used_and_stay_up(compare: Callable[..., Compare], stack: Stack) -> None:
+def test_servers_at_their_urls_are_used_and_stay_up_and_a_fast_one_goes_on_for_the_time(
+    compare: Callable[..., Compare], stack: Stack
+) -> None:
     urls = [{"name": name, "kind": name, "url": stack.programs[name].url} for name in ("hf", "vllm")]
     urls.append({"name": "other", "kind": "url", "url": stack.programs["vllm"].url})
-    run = compare(targets=urls, levels=[2], vllm_args="", monitor_url=stack.programs["monitor"].url)
+    run = compare(targets=urls, levels=[2], vllm_args="", min_seconds=2, monitor_url=stack.programs["monitor"].url)
     code, output = run.finish()
     assert code == 0, output
     stack.check()
     summary = json.loads((run.folder / "summary.json").read_text())
     assert list(summary["levels"][0]["targets"]) == ["hf", "vllm", "other"]
     assert {gate["id"]: gate["passed"] for gate in summary["gates"]}["same-work"]
+    assert all(cell["window_ns"][1] - cell["window_ns"][0] > 1.9e9 for cell in summary["cells"])
+    assert min(cell["requests"] for cell in summary["cells"]) > 9  # those that were asked for
+    assert {gate["id"]: gate["passed"] for gate in summary["gates"]}["cells"]
