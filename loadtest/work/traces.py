@@ -19,11 +19,13 @@ from typing import NamedTuple
 
 from loadtest.options import Options
 from loadtest.work.lines import (
+    CsvLine,
     FieldError,
     LeaveOutError,
     Row,
     check_enough,
-    csv_rows,
+    csv_lines,
+    csv_row,
     entries,
     finite,
     json_lines,
@@ -82,8 +84,8 @@ def _read(options: Options, _stamp: tuple[int, int]) -> Trace:
     return trace
 
 
-Rows = Iterator[tuple[str, Row | bytes]]
-Parse = Callable[[Row | bytes], Arrival]
+Rows = Iterator[tuple[str, CsvLine | bytes]]
+Parse = Callable[[CsvLine | bytes], Arrival]
 
 
 def _kind(path: Path, max_context: int) -> tuple[Rows, Parse]:
@@ -95,7 +97,7 @@ def _kind(path: Path, max_context: int) -> tuple[Rows, Parse]:
     columns = set(next(csv.reader([head]), []))
     for needed, read_row in CSV_KINDS.items():
         if columns >= set(needed):
-            return iter(csv_rows(path)), _fitting(needed[0], read_row, max_context)
+            return iter(csv_lines(path)), _fitting(needed[0], read_row, max_context)
     kinds = " or ".join(",".join(needed) for needed in CSV_KINDS)
     raise ValueError(f"{path}: line 1: header: {head[:80]!r}: expected {kinds}, or JSON lines of a Mooncake trace")
 
@@ -104,9 +106,9 @@ def _fitting(time_field: str, read_row: Callable[[Row], Arrival], max_context: i
     """Let pass what can be sent; an arrival before the last one is a bad line."""
     last = float("-inf")
 
-    def parse(raw: Row | bytes) -> Arrival:
+    def parse(raw: CsvLine | bytes) -> Arrival:
         nonlocal last
-        arrival = read_row(json_row(raw) if isinstance(raw, bytes) else raw)
+        arrival = read_row(json_row(raw) if isinstance(raw, bytes) else csv_row(raw))
         if arrival.seconds < last:
             raise FieldError(time_field, arrival.seconds, f"a time in seconds not before that of a line above, {last}")
         last = arrival.seconds
