@@ -191,3 +191,11 @@ def test_lengths_of_a_trace_can_come_at_another_rate_and_its_times_with_other_le
     other = options(tmp_path, AZURE, workload="lognormal")
     assert len(list(schedule(other) or [])) == 3
     assert skipped(other) == {}
+
+
+@pytest.mark.parametrize("text", [AZURE, BURSTGPT.replace(",0,", ",1,"), jsonl(MOONCAKE)])
+def test_only_where_the_lengths_are_sent_does_max_context_leave_arrivals_out(tmp_path: Path, text: str) -> None:
+    for arrivals, workload in ((3, "lognormal"), (1, "trace")):
+        chosen = options(tmp_path, text, workload=workload, max_context=420)
+        assert len(list(schedule(chosen) or [])) == arrivals
+        assert skipped(chosen).total() == 3 - arrivals
