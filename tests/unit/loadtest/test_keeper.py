@@ -23,6 +23,8 @@ def process(**changes: Any) -> dict[str, Any]:
         "loop_lag_p99_seconds": 0.002,
         "send_lateness_p99_seconds": None,
         "chunks_per_second_max": 900,
+        "shared_stamp_share": 0.0,
+        "merged_chunk_share": 0.0,
         "requests_ended": {"hf": 2},
         "skipped_lines": {},
     }
@@ -42,6 +44,7 @@ def test_quiet_processes_say_nothing_against_a_run() -> None:
         ("cpu_share", 0.81, "cpu_share: 0.81: at most 0.8"),
         ("loop_lag_p99_seconds", 0.0101, "loop_lag_p99_seconds: 0.0101: at most 0.01"),
         ("send_lateness_p99_seconds", 0.5, "send_lateness_p99_seconds: 0.5: at most 0.01"),
+        ("merged_chunk_share", 0.02, "merged_chunk_share: 0.02: at most 0.01"),
         ("chunks_per_second_max", 1001, "chunks_per_second_max: 1001: at most 1000"),
     ],
 )
@@ -50,6 +53,11 @@ def test_the_worst_process_counts_and_the_reason_names_figure_value_and_limit(
 ) -> None:
     found = summarize([process(), process(**{figure: value}), process()], [], 1000)
     assert (found["valid"], found["reasons"], found[figure]) == (False, [reason], value)
+
+
+def test_shared_stamps_which_may_be_the_servers_doing_are_told_and_not_judged() -> None:
+    found = summarize([process(), process(shared_stamp_share=0.5)], [], None)
+    assert (found["valid"], found["shared_stamp_share"]) == (True, 0.5)
 
 
 def test_a_lost_worker_makes_a_run_invalid_also_when_none_is_left() -> None:
