@@ -4,6 +4,7 @@ Times are CLOCK_MONOTONIC in nanoseconds. A failed request is a record with an `
 A file of records is an Arrow IPC stream, which grows batch by batch and reads back when it was cut off.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -161,6 +162,14 @@ def batches(path: Path, mapped: bool = True) -> Iterator[pa.RecordBatch]:
 def count(path: Path) -> int:
     """Number of records in a file."""
     return sum(batch.num_rows for batch in batches(path))
+
+
+def count_by_target(path: Path) -> Counter[str]:
+    """Number of records of each target in a file."""
+    found: Counter[str] = Counter()
+    for batch in batches(path, mapped=False):
+        found.update(batch.column("target").to_pylist())
+    return found
 
 
 def read(path: Path) -> Iterator[Record]:

@@ -218,7 +218,7 @@ class Run:
         if record.error_detail and key:  # an error's own words may hold it too
             record = replace(record, error_detail=record.error_detail.replace(key, "***"))
         self._self_check.sent(record.late_seconds)
-        self._self_check.received(record.chunk_ns)
+        self._self_check.received(record.chunk_ns, exchange.answer.pieces)
         self._append(record)
 
     def close(self) -> dict[str, object]:

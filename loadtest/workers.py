@@ -101,6 +101,7 @@ class Coordinator:
             for rank, node in enumerate(able):
                 shares[node][target] = Share(rank, len(able))
         run = replace(whole(targets), models=models)
+        self._keeper.begin(run, self._environment.runner.target_user_count if self._environment.runner else 0)
         if self._link:
             self._link.begin(run.run_id, self._ranks)
         return {

@@ -15,6 +15,8 @@ PREFIX = "headroom_loadtest_"
 BOUNDS = range(-462, 353, 11)
 LABELS = [f"{GAMMA**k:.6g}" for k in BOUNDS]
 
+# Tokens in flight are not known: chunks are not tokens, and streams are read when they have ended.
+AT_END = "; counted when the request ends"
 HELP: dict[TimeMetric, str] = {
     "ttft": "Time from send to the first output token of measured requests",
     "tpot": "Time per output token after the first of measured requests",
@@ -39,7 +41,7 @@ class LiveCollector(Collector):
         yield from self._clients()
         for metric in METRICS:
             gevent.sleep(0)  # the load goes on between two histograms
-            family = HistogramMetricFamily(f"{PREFIX}{metric}_seconds", HELP[metric], labels=["server"])
+            family = HistogramMetricFamily(f"{PREFIX}{metric}_seconds", f"{HELP[metric]}{AT_END}", labels=["server"])
             for server, tally in self._live.run.items():
                 if metric in tally.times:
                     _add(family, server, tally.times[metric])
@@ -49,8 +51,14 @@ class LiveCollector(Collector):
         requests = CounterMetricFamily(
             f"{PREFIX}requests", 'Requests that ended, by error kind or "ok"', labels=["server", "kind"]
         )
-        prompt = CounterMetricFamily(f"{PREFIX}prompt_tokens", "Prompt tokens of ended requests", labels=["server"])
-        output = CounterMetricFamily(f"{PREFIX}output_tokens", "Output tokens of ended requests", labels=["server"])
+        prompt = CounterMetricFamily(
+            f"{PREFIX}prompt_tokens", "Prompt tokens, counted when their request ends", labels=["server"]
+        )
+        output = CounterMetricFamily(
+            f"{PREFIX}output_tokens",
+            "Output tokens, counted when their request ends, not while they stream",
+            labels=["server"],
+        )
         in_flight = GaugeMetricFamily(f"{PREFIX}requests_in_flight", "Requests sent and not ended", labels=["server"])
         for server, tally in self._live.run.items():
             for kind, count in tally.outcomes.items():

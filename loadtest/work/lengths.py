@@ -10,7 +10,7 @@ from statistics import NormalDist
 
 import numpy as np
 
-from loadtest.work.lines import FieldError, Row, csv_rows, entries, whole
+from loadtest.work.lines import CsvLine, FieldError, csv_lines, csv_row, entries, whole
 
 # Draws one length, from 1 to the longest allowed.
 Length = Callable[[random.Random], int]
@@ -83,13 +83,14 @@ def empirical(path: Path, longest: int, skip_bad_lines: bool, skipped: Counter[s
     without any count.
     """
 
-    def parse(row: Row) -> tuple[int, int]:
+    def parse(line: CsvLine) -> tuple[int, int]:
+        row = csv_row(line)
         length = whole(row, "length", least=1)
         if length > longest:
             raise FieldError("length", row["length"], f"at most {longest} (what max_context leaves)")
         return length, whole(row, "count")
 
-    pairs = list(entries(path, csv_rows(path), parse, skip_bad_lines, skipped))
+    pairs = list(entries(path, csv_lines(path), parse, skip_bad_lines, skipped))
     cumulated = list(accumulate(count for _, count in pairs))
     if not cumulated or not cumulated[-1]:
         raise ValueError(f"{path}: expected lines of length,count with a count above 0")

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import TypeVar
 
 Row = Mapping[str, object]
+# The header, and the line itself.
+CsvLine = tuple[list[str], str]
 Raw = TypeVar("Raw")
 Entry = TypeVar("Entry")
 
@@ -60,16 +62,32 @@ def entries(
             yield entry
 
 
-def csv_rows(path: Path) -> Iterator[tuple[str, Row]]:
-    """Rows of a CSV file with a header, by line; raises ValueError for a field of more than 131,072 characters."""
+def csv_lines(path: Path) -> Iterator[tuple[str, CsvLine]]:
+    """Lines of a CSV file with its header, by number; empty ones are passed over.
+
+    Raises ValueError for a header that cannot be read.
+    """
+    header: list[str] = []
     # Bytes that are not UTF-8 come through, so that it is the field that is named.
-    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        reader = csv.DictReader(file)
-        try:
-            for row in reader:
-                yield f"line {reader.line_num}", row
-        except csv.Error as error:
-            raise ValueError(f"{path}: line {reader.line_num}: {error}") from None
+    with path.open(encoding="utf-8-sig", errors="surrogateescape") as file:
+        for number, line in enumerate(file, 1):
+            if header and line.strip():
+                yield f"line {number}", (header, line.rstrip("\n"))
+            elif not header:
+                try:
+                    header = next(csv.reader([line.rstrip("\n")], strict=True), [])
+                except csv.Error as error:
+                    raise ValueError(f"{path}: line {number}: {error}") from None
+
+
+def csv_row(line: CsvLine) -> Row:
+    """Read one line of a CSV file by itself: a quote that is not closed spoils no other; raises FieldError."""
+    header, text = line
+    try:
+        values = next(csv.reader([text], strict=True))
+    except csv.Error as error:
+        raise FieldError("line", text, f"fields with commas between: {error}") from None
+    return dict(zip(header, values, strict=False))
 
 
 def json_lines(path: Path) -> Iterator[tuple[str, bytes]]:
@@ -81,12 +99,16 @@ def json_lines(path: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def json_row(line: bytes) -> Row:
-    """Read one line of a JSONL file; raises FieldError for what is no JSON object."""
-    row: object = None
-    with suppress(ValueError, RecursionError):
-        row = json.loads(line)
+    """Read one line of a JSONL file; raises FieldError for what is no JSON object, with the column where it breaks."""
+    row, where = None, ""
+    try:
+        row = json.loads(line.rstrip())
+    except json.JSONDecodeError as error:
+        where = f": column {error.colno}: {error.msg}"
+    except (ValueError, RecursionError) as error:
+        where = f": {error}"
     if not isinstance(row, dict):
-        raise FieldError("line", line.decode(errors="replace").strip(), "a JSON object")
+        raise FieldError("line", line.decode(errors="replace").strip(), f"a JSON object{where}")
     return row
 
 
@@ -94,7 +116,7 @@ def whole(row: Row, field: str, least: int = 0) -> int:
     """Whole number of a field, as text or as a number; raises FieldError."""
     value = row.get(field)
     with suppress(ValueError):
-        if isinstance(value, str | int) and not isinstance(value, bool) and int(value) >= least:
+        if isinstance(value, str | int) and _is_plain(value) and int(value) >= least:
             return int(value)
     raise FieldError(field, value, f"a whole number of {least} or more")
 
@@ -103,9 +125,14 @@ def finite(row: Row, field: str) -> float:
     """Finite number of 0 or more of a field, as text or as a number; raises FieldError."""
     value = row.get(field)
     with suppress(ValueError, OverflowError):
-        if isinstance(value, str | int | float) and not isinstance(value, bool) and 0 <= float(value) < math.inf:
+        if isinstance(value, str | int | float) and _is_plain(value) and 0 <= float(value) < math.inf:
             return float(value)
     raise FieldError(field, value, "a number of 0 or more")
+
+
+def _is_plain(value: object) -> bool:
+    """Whether it is neither true nor false, nor has the underscores that Python allows in numbers."""
+    return not isinstance(value, bool) and "_" not in str(value)
 
 
 def check_enough(path: Path, found: int, wanted: int | None, skipped: Counter[str]) -> None:

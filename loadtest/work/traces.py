@@ -7,6 +7,7 @@
 """
 
 import csv
+import math
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -19,11 +20,13 @@ from typing import NamedTuple
 
 from loadtest.options import Options
 from loadtest.work.lines import (
+    CsvLine,
     FieldError,
     LeaveOutError,
     Row,
     check_enough,
-    csv_rows,
+    csv_lines,
+    csv_row,
     entries,
     finite,
     json_lines,
@@ -59,7 +62,8 @@ class Trace:
 def read(options: Options) -> Trace:
     """Read the file that `options.trace` names: as many lines as the run sends, all if it has no end.
 
-    Left out and counted are lines that do not fit into `max_context`, and BurstGPT's failures, whose output is empty.
+    Left out and counted are BurstGPT's failures, whose output is empty, and where the lengths are sent too (workload
+    trace) what does not fit into `max_context`.
     Raises ValueError with file, line and field for a bad line, and for a file that is none of the three kinds or has
     too few requests.
     """
@@ -69,7 +73,7 @@ def read(options: Options) -> Trace:
 @lru_cache(maxsize=1)
 def _read(options: Options, _stamp: tuple[int, int]) -> Trace:
     path, trace = Path(options.trace), Trace()
-    rows, parse = _kind(path, options.max_context)
+    rows, parse = _kind(path, options.max_context if options.workload == "trace" else math.inf)
     for arrival in islice(entries(path, rows, parse, options.skip_bad_lines, trace.skipped), options.total):
         trace.seconds.append(arrival.seconds)
         trace.input_tokens.append(arrival.input_tokens)
@@ -82,11 +86,11 @@ def _read(options: Options, _stamp: tuple[int, int]) -> Trace:
     return trace
 
 
-Rows = Iterator[tuple[str, Row | bytes]]
-Parse = Callable[[Row | bytes], Arrival]
+Rows = Iterator[tuple[str, CsvLine | bytes]]
+Parse = Callable[[CsvLine | bytes], Arrival]
 
 
-def _kind(path: Path, max_context: int) -> tuple[Rows, Parse]:
+def _kind(path: Path, max_context: float) -> tuple[Rows, Parse]:
     """Tell the kind of a trace by its first line; returns its rows and what reads one."""
     with path.open("rb") as file:
         head = file.readline().decode("utf-8-sig", errors="replace").strip()
@@ -95,18 +99,18 @@ def _kind(path: Path, max_context: int) -> tuple[Rows, Parse]:
     columns = set(next(csv.reader([head]), []))
     for needed, read_row in CSV_KINDS.items():
         if columns >= set(needed):
-            return iter(csv_rows(path)), _fitting(needed[0], read_row, max_context)
+            return iter(csv_lines(path)), _fitting(needed[0], read_row, max_context)
     kinds = " or ".join(",".join(needed) for needed in CSV_KINDS)
     raise ValueError(f"{path}: line 1: header: {head[:80]!r}: expected {kinds}, or JSON lines of a Mooncake trace")
 
 
-def _fitting(time_field: str, read_row: Callable[[Row], Arrival], max_context: int) -> Parse:
+def _fitting(time_field: str, read_row: Callable[[Row], Arrival], max_context: float) -> Parse:
     """Let pass what can be sent; an arrival before the last one is a bad line."""
     last = float("-inf")
 
-    def parse(raw: Row | bytes) -> Arrival:
+    def parse(raw: CsvLine | bytes) -> Arrival:
         nonlocal last
-        arrival = read_row(json_row(raw) if isinstance(raw, bytes) else raw)
+        arrival = read_row(json_row(raw) if isinstance(raw, bytes) else csv_row(raw))
         if arrival.seconds < last:
             raise FieldError(time_field, arrival.seconds, f"a time in seconds not before that of a line above, {last}")
         last = arrival.seconds

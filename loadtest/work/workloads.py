@@ -185,6 +185,13 @@ def skipped(options: Options) -> Counter[str]:
     return found
 
 
+def listed(options: Options) -> int | None:
+    """How many requests the workload's file has for a run; None for one that is made without end."""
+    if options.workload == "trace":
+        return len(traces.read(options).seconds)
+    return len(datasets.read(options).examples) if options.dataset else None
+
+
 def left_out(options: Options) -> Iterator[str]:
     """Say of each file of requests how many of its lines are not sent, and why; as far as it was read."""
     files: list[tuple[str, int, Counter[str]]] = []

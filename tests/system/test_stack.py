@@ -60,6 +60,11 @@ def latest_run(stack: Compose) -> Path:
     return max((stack.folder / "results").glob("*-locust/records.arrow"), default=stack.folder / "none" / "yet").parent
 
 
+def is_over(client: Path) -> bool:
+    """Whether a run has closed its files."""
+    return client.exists() and bool(json.loads(client.read_text())["run"]["ended"])
+
+
 def records_of(stack: Compose) -> list[Record]:
     """Those of the latest run that are on the disk of the host."""
     return list(read(latest_run(stack) / "records.arrow"))
@@ -208,7 +213,7 @@ def test_four_workers_send_every_request_exactly_once(stack: Compose) -> None:
     until(lambda: not numbers(stack)["running"], 120, lambda: numbers(stack))
     folder = latest_run(stack)
     assert folder != before
-    until((folder / "client.json").exists, 30, lambda: stack.run("logs", "--tail", "20", "locust"))
+    until(lambda: is_over(folder / "client.json"), 30, lambda: stack.run("logs", "--tail", "20", "locust"))
     records = records_of(stack)
     sent = Counter((record.target, record.index) for record in records)
     assert sent == Counter((target, index) for target in ("hf", "vllm") for index in range(count))
@@ -267,7 +272,7 @@ def test_a_killed_worker_is_named_and_what_it_had_ended_is_kept(stack: Compose) 
     kill_and_wait(stack, "locust-worker")
     stop(stack)
     summary = latest_run(stack) / "client.json"
-    until(summary.exists, 30, lambda: stack.run("logs", "--tail", "20", "locust"))
+    until(lambda: is_over(summary), 30, lambda: stack.run("logs", "--tail", "20", "locust"))
     said = json.loads(summary.read_text())
     assert len(said["lost_workers"]) == 1
     assert not said["valid"]
@@ -283,7 +288,8 @@ def test_a_killed_master_loses_no_record_that_it_had_and_its_workers_find_it_aga
     kill_and_wait(stack, "locust")
     assert latest_run(stack) == run
     assert keys(stack) >= ended
-    assert not (run / "client.json").exists()  # so it is a run that did not end
+    assert not is_over(run / "client.json")
+    assert json.loads((run / "client.json").read_text())["complete"] is False
     start(stack, arrival="poisson", rate=6, requests=10, output_mean=10)
     until(lambda: not numbers(stack)["running"], 60, lambda: numbers(stack))
     assert latest_run(stack) != run

@@ -180,6 +180,8 @@ def _judgement(records: Path) -> dict[str, Any] | None:
         told = json.loads(summary_of(records).read_text())
     except (OSError, ValueError):
         return None
+    if not told["run"]["ended"]:
+        return None
     return {name: told[name] for name in ("complete", "valid", "reasons")}
 
 

@@ -24,6 +24,8 @@ PROCESS: dict[str, Any] = {
     "loop_lag_p99_seconds": 0.001,
     "send_lateness_p99_seconds": None,
     "chunks_per_second_max": 100,
+    "shared_stamp_share": 0.0,
+    "merged_chunk_share": 0.0,
     "requests_ended": {},
     "skipped_lines": {},
 }

@@ -40,6 +40,7 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     asked: list[dict[str, Any]]
     paths: ClassVar[list[str]] = []
+    request_ids: ClassVar[dict[str, str | None]] = {}
     over: threading.Event
 
     def do_GET(self) -> None:
@@ -56,6 +57,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.request_ids[self.path] = self.headers["X-Request-Id"]
         self.paths.append(f"POST {self.path}")
         if self.path.startswith("/stalled"):
             self.over.wait(120)
@@ -81,6 +83,14 @@ def limit_file_size() -> None:
 def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         return int(listener.getsockname()[1])
+
+
+def wait_until_over(client: Path) -> None:
+    """Wait until a run has closed its files."""
+    deadline = time.monotonic() + 60
+    while not client.exists() or not json.loads(client.read_text())["run"]["ended"]:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def wait_until_sent(base: str, number: int) -> None:
@@ -186,6 +196,8 @@ def programs(tmp_path_factory: pytest.TempPathFactory, url: str, web_port: int) 
             started.start(name, f"{open_loop} --hf-url {url}/{name}")
         started.start("one user", f"{run} VLLM --vllm-url {url} --users 1 --requests 2")
         started.start("interrupted", f"{run} --hf-url {url}/stalled/interrupted --model m")
+        killed = f"--users 3 --seed 7 --hf-url {url}/stalled/killed --model m"
+        started.start("killed", f"{run} {killed} --arrival gamma --rate 50 --burstiness inf")
         started.start("full disk", f"{run} --requests 500", preexec=limit_file_size)
         yield started
 
@@ -233,8 +245,24 @@ def test_a_whole_run_keeps_every_record_and_ends_by_itself(programs: Programs, a
     assert {(record.error, record.output_tokens, record.target) for record in records} == {(None, TOKENS, "hf")}
     assert {body["model"] for body in asked} == {"first"}
     summary = json.loads((programs.folder / "whole" / "client.json").read_text())
-    assert summary["requests_ended"] == {"hf": 7}
+    assert summary["requests_ended"] == summary["requests_asked"] == summary["requests_recorded"] == {"hf": 7}
     assert summary["complete"] is True
+    assert summary["run"]["models"] == {"hf": "first"}
+    assert summary["run"]["began"] < summary["run"]["ended"]
+
+
+def test_a_run_that_was_killed_says_what_it_was_and_that_it_is_not_whole(programs: Programs) -> None:
+    wait_until_sent("/stalled/killed", 1)
+    programs.stop("killed", signal.SIGKILL)
+    programs.ended("killed")
+    told = json.loads((programs.folder / "killed" / "client.json").read_text())
+    reason = "complete: the run did not come to its end"
+    assert (told["complete"], told["valid"], told["reasons"], told["run"]["ended"]) == (False, False, [reason], None)
+    assert str(Handler.request_ids["/stalled/killed/v1/completions"]).startswith(f"{told['run']['run_id']}-")
+    assert (told["run"]["models"], told["run"]["users"]) == ({"hf": "m"}, 3)
+    given = {name: told["run"]["options"][name] for name in ("arrival", "rate", "burstiness", "workload", "seed")}
+    assert given == {"arrival": "gamma", "rate": 50, "burstiness": "inf", "workload": "lognormal", "seed": 7}
+    assert told["run"]["options"].keys() == Options.model_fields.keys()
 
 
 def test_requests_that_wait_when_the_run_ends_are_records_too(programs: Programs) -> None:
@@ -322,10 +350,7 @@ def web(programs: Programs, web_port: int) -> int:
 def test_the_web_form_starts_a_run_whose_failures_are_records(web: int, programs: Programs) -> None:
     answer = submit(web, records="records.arrow", requests="2", workload="classic", model="m")
     assert answer["success"] is True
-    client, deadline = programs.folder / "web" / "client.json", time.monotonic() + 60
-    while not client.exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_until_over(programs.folder / "web" / "client.json")
     assert [(record.index, record.error) for record in programs.records("web")] == [(0, "connect"), (1, "connect")]
 
 
@@ -345,10 +370,8 @@ def test_a_run_whose_records_cannot_be_kept_does_not_spoil_the_next(web: int, pr
     wait_until_ready(web)
     answer = submit(web, records="next/records.arrow", requests="2", workload="classic", model="m")
     assert answer["success"] is True
-    client, deadline = programs.folder / "web" / "next" / "client.json", time.monotonic() + 60
-    while not client.exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    client = programs.folder / "web" / "next" / "client.json"
+    wait_until_over(client)
     assert [record.index for record in read(client.with_name("records.arrow"))] == [0, 1]
 
 

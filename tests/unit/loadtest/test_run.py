@@ -36,6 +36,7 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     answered = 0
     seconds = 0.0
+    chunks = 0
     refusal = ""
     keys: ClassVar[list[str | None]] = []
     bodies: ClassVar[list[dict[str, Any]]] = []
@@ -48,9 +49,22 @@ class Handler(BaseHTTPRequestHandler):
         Handler.answered += 1
         body = Handler.refusal.encode() or TOKEN
         self.send_header("Content-Type", "text/event-stream")
+        if Handler.chunks:
+            self.send_chunks()
+            return
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
+
+    def send_chunks(self) -> None:
+        """Send so many tokens, each in a chunk of its own, 3 ms apart."""
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        for number in range(1, Handler.chunks + 1):
+            event = TOKEN.replace(b'completion_tokens":1', b'completion_tokens":%d' % number)
+            self.wfile.write(b"%x\r\n%b\r\n" % (len(event), event))
+            time.sleep(0.003)
+        self.wfile.write(b"0\r\n\r\n")
 
     def log_message(self, *_: Any) -> None:
         pass
@@ -413,6 +427,30 @@ def test_what_happens_after_the_last_record_is_not_held_against_the_run(begin: B
     lag = run.close()["loop_lag_max_seconds"]
     assert isinstance(lag, float)
     assert lag < 0.2
+
+
+@pytest.mark.parametrize("still", [False, True])
+def test_stamps_of_chunks_that_came_while_the_client_stood_still_are_told(
+    begin: Begin, kept: Kept, monkeypatch: pytest.MonkeyPatch, still: bool
+) -> None:
+    monkeypatch.setattr(Handler, "chunks", 50)
+    Handler.answered = 1
+
+    def stand_still() -> None:
+        while True:
+            time.sleep(0.03)
+            gevent.sleep(0.001)
+
+    run = begin("hf", requests=1)
+    blocking = gevent.spawn(stand_still) if still else None
+    perform_all(run, "hf")
+    if blocking:
+        blocking.kill()
+    share = run.close()["merged_chunk_share"]
+    assert isinstance(share, float)
+    assert share > 0.5 if still else share < 0.2  # a busy machine stands still now and then
+    (record,) = kept.records()
+    assert record.output_tokens == len(record.chunk_ns) == 50
 
 
 def test_a_busy_client_shows_in_its_cpu_share() -> None:

@@ -5,6 +5,7 @@ from prometheus_client import CollectorRegistry
 
 from loadtest.live.metrics import LABELS, LiveCollector
 from loadtest.live.statistics import Live
+from loadtest.live.tally import METRICS
 from loadtest.records import ErrorKind, Record
 
 # Far apart enough that each is in a bucket of its own, the first below all and the last above all.
@@ -53,6 +54,12 @@ def test_counters_and_gauges_tell_what_happened_by_server(registry: CollectorReg
     assert value("requests_in_flight", server="vllm") == 1
     assert value("client_cpu_ratio", process="local") == 0.25
     assert value("client_loop_lag_seconds", process="local") == 0.002
+
+
+def test_what_is_counted_only_when_a_request_ends_says_so(registry: CollectorRegistry) -> None:
+    help_of = {family.name.removeprefix("headroom_loadtest_"): family.documentation for family in registry.collect()}
+    late = {"prompt_tokens", "output_tokens", *(f"{metric}_seconds" for metric in METRICS)}
+    assert {name for name, text in help_of.items() if " ends" in text} == late
 
 
 def test_a_bucket_counts_the_times_up_to_its_bound(registry: CollectorRegistry) -> None:

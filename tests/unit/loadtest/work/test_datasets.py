@@ -139,7 +139,7 @@ def test_rows_that_cannot_be_sent_are_left_out_and_counted(tmp_path: Path, folde
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ("{", "line 2: line: '{': expected a JSON object"),
+        ("{", "line 2: line: '{': expected a JSON object: column 2: Expecting property name enclosed in double quotes"),
         ('"x"', "line 2: line: '\"x\"': expected a JSON object"),
         ({"text": "x"}, "line 2: prompt: None: expected text"),
         ({"prompt": 5}, "line 2: prompt: 5: expected text"),

@@ -101,6 +101,20 @@ def test_what_does_not_fit_into_the_context_is_left_out_and_counted(tmp_path: Pa
         (jsonl(MOONCAKE).replace("[0, 15]", "[0, -1]"), "line 2: hash_ids: [0, -1]: expected"),
         (jsonl(MOONCAKE).replace("[0, 15]", "null"), "line 2: hash_ids: None: expected"),
         (jsonl(MOONCAKE).replace('"timestamp": 4500', '"timestamp": 999'), "line 3: timestamp: 0.999: expected a time"),
+        (
+            AZURE.replace(",396,", ',"396,'),
+            "line 3: line: '2023-11-16 18:15:50.9951690,\"396,109': expected fields with",
+        ),
+        (
+            BURSTGPT.replace("45,GPT-4", '45,"GPT-4').replace(",0,", ",1,"),
+            "line 3: line: '45,\"GPT-4,108,1,108,API log'",
+        ),
+        (AZURE.replace(",396,", ",39_6,"), "line 3: ContextTokens: '39_6': expected a whole number of 1 or more"),
+        (BURSTGPT.replace("45,", "4_5,"), "line 3: Timestamp: '4_5': expected a number of 0 or more"),
+        (
+            jsonl(MOONCAKE[:1]) + '{"timestamp" 5}\n' + jsonl(MOONCAKE[2:]),
+            "line 2: line: '{\"timestamp\" 5}': expected a JSON object: column 14: Expecting ':' delimiter",
+        ),
         (jsonl(MOONCAKE[:1]) + "{oops\n" + jsonl(MOONCAKE[2:]), "line 2: line: '{oops': expected a JSON object"),
         (jsonl(MOONCAKE[:1]) + "[]\n" + jsonl(MOONCAKE[2:]), "line 2: line: '[]': expected a JSON object"),
         (AZURE.encode().replace(b"396", b"\xff"), "line 3: ContextTokens: '\\udcff': expected a whole number"),
@@ -177,3 +191,11 @@ def test_lengths_of_a_trace_can_come_at_another_rate_and_its_times_with_other_le
     other = options(tmp_path, AZURE, workload="lognormal")
     assert len(list(schedule(other) or [])) == 3
     assert skipped(other) == {}
+
+
+@pytest.mark.parametrize("text", [AZURE, BURSTGPT.replace(",0,", ",1,"), jsonl(MOONCAKE)])
+def test_only_where_the_lengths_are_sent_does_max_context_leave_arrivals_out(tmp_path: Path, text: str) -> None:
+    for arrivals, workload in ((3, "lognormal"), (1, "trace")):
+        chosen = options(tmp_path, text, workload=workload, max_context=420)
+        assert len(list(schedule(chosen) or [])) == arrivals
+        assert skipped(chosen).total() == 3 - arrivals
