@@ -117,8 +117,10 @@ class Connection:
             exchange.sent_ns = clock()
             deadline_ns = begun_ns + self._timeout_ns
             stream = Stream(sock, exchange.answer, deadline_ns, self._patience_ns, exchange.sent_ns, self._tls)
-            self._send_and_receive(stream, head.encode() + body)
-            exchange.clock = stream.clock
+            try:
+                self._send_and_receive(stream, head.encode() + body)
+            finally:  # also when the wait is given up
+                exchange.clock = stream.clock
             if stream.failure:
                 exchange.fail(_kind(stream.failure), stream.failure)
         except (OSError, UnicodeError) as error:  # a host's name may be none

@@ -1,6 +1,7 @@
 """HTTP/1.1 answers from bytes, without I/O."""
 
 import zlib
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import httptools
@@ -67,7 +68,12 @@ class Answer:
         self.complete = True
 
     def close(self) -> None:
-        """Let go of the parser, which refers to this answer: the cycle would stay until garbage is collected."""
+        """Read what had come of an answer that was given up, and let go of the parser.
+
+        It refers to this answer: the cycle would stay until garbage is collected.
+        """
+        with suppress(ValueError):  # it is not whole anyway
+            self.read()
         self._parser = None
 
     # Callbacks of the parser, which is there while they run.

@@ -73,13 +73,34 @@ def excerpt(data: bytes, most: int, secret: str = "") -> bytes:
     return data.replace(secret.encode(), b"***")[:most] if secret else data[:most]
 
 
+@dataclass(slots=True)
+class _Count:
+    """Tokens counted so far, by each source; None where the source is silent."""
+
+    usage: int | None = None
+    ids: int | None = None
+    per_chunk: bool = True
+
+
 def read_stream(events: Iterable[tuple[int, bytes]], max_tokens: int, secret: str = "") -> Output:
     """Read (stamp in ns, data) events of a completion or chat stream; never raises: what is wrong is in `error`.
 
-    The `secret` is left out of what the error quotes.
+    Of a stream that is not whole the tokens of its chunks are known where each chunk said how many it held. The
+    `secret` is left out of what the error quotes.
     """
-    out = Output()
-    counted = _Count()
+    out, counted = Output(), _Count()
+    done = _read_events(out, counted, events, secret)
+    if out.error is None and out.finish_reason is None and not (done and out.chunk_ns):
+        out.error, out.error_detail = "truncated", "the stream ended without its last token"
+    if out.error is None:
+        _settle_count(out, counted, max_tokens)
+    if not counted.per_chunk:
+        out.chunk_tokens = []
+    return out
+
+
+def _read_events(out: Output, counted: _Count, events: Iterable[tuple[int, bytes]], secret: str) -> bool:
+    """Read up to the first error; answers whether the stream said that it is done."""
     done = False
     for stamp, data in events:
         if data.startswith(b"[DONE]"):
@@ -90,17 +111,13 @@ def read_stream(events: Iterable[tuple[int, bytes]], max_tokens: int, secret: st
         except (ValueError, RecursionError) as error:
             shown = excerpt(data, 200, secret)
             out.error, out.error_detail = "malformed", f"{type(error).__name__}: {error}: {shown!r}"
-            return out
+            return done
         if chunk.error or chunk.object == "error":
             what = msgspec.json.encode(chunk.error) if chunk.error else data
             out.error, out.error_detail = "sse_error", excerpt(what, 500, secret).decode(errors="replace")
-            return out
+            return done
         _read_chunk(out, counted, stamp, chunk)
-    if out.finish_reason is None and not (done and out.chunk_ns):
-        out.error, out.error_detail = "truncated", "the stream ended without its last token"
-        return out
-    _settle_count(out, counted, max_tokens)
-    return out
+    return done
 
 
 def read_answer(events: Iterable[tuple[int, bytes]]) -> str | list[int]:
@@ -115,15 +132,6 @@ def read_answer(events: Iterable[tuple[int, bytes]]) -> str | list[int]:
         ids += choice.token_ids or []
         text += str(choice.text or (choice.delta and choice.delta.content) or "")
     return ids or text
-
-
-@dataclass(slots=True)
-class _Count:
-    """Tokens counted so far, by each source; None where the source is silent."""
-
-    usage: int | None = None
-    ids: int | None = None
-    per_chunk: bool = True
 
 
 def _read_chunk(out: Output, counted: _Count, stamp: int, chunk: Chunk) -> None:
@@ -158,5 +166,5 @@ def _settle_count(out: Output, counted: _Count, max_tokens: int) -> None:
         out.output_tokens, out.token_source = counted.ids, "token_ids"
     elif out.finish_reason == "length":
         out.output_tokens, out.token_source = max_tokens, "max_tokens"
-    if not counted.per_chunk or sum(out.chunk_tokens) != out.output_tokens:
+    if sum(out.chunk_tokens) != out.output_tokens:
         out.chunk_tokens = []

@@ -30,8 +30,10 @@ from tests.unit.loadtest.client.scripted import (
     Step,
     answer,
     chunked,
+    event,
     hang_up,
     head,
+    part,
     pause,
     post,
     record_of,
@@ -257,6 +259,12 @@ def test_tokens_that_came_before_a_failure_stay_in_the_record(serve: Serve, conn
     assert (record.error, len(record.chunk_ns), record.chunk_tokens) == ("truncated", 1, [1])
 
 
+def test_tokens_that_came_before_a_reset_stay_in_the_record(serve: Serve, connect: Connect) -> None:
+    pieces = [step for n in range(1, 5) for step in (part(event(n)), pause)]
+    record = record_of(post(connect(serve([[head(), pause, *pieces, reset]]).url)))
+    assert (record.error, record.chunk_tokens) == ("reset", [1] * 4)
+
+
 def test_the_body_of_a_refusal_is_kept_up_to_a_limit(serve: Serve, connect: Connect) -> None:
     server = serve([[answer("é".encode() * 1000, "400 Bad Request", "text/plain")]])
     record = record_of(post(connect(server.url)))
@@ -417,14 +425,16 @@ def test_a_refusal_before_the_request_was_read_is_seen(serve: Serve, connect: Co
 
 def test_a_greenlet_that_is_killed_while_it_waits_leaves_what_had_come(serve: Serve, connect: Connect) -> None:
     server = serve([[]], [[answer(STREAM)]])
-    server.scripts[0][0] = [head() + chunked(FIRST)[:-5], server.wait]
+    server.scripts[0][0] = [head(), *(step for n in (1, 2, 4) for step in (pause, part(event(n)))), server.wait]
     connection = connect(server.url)
     waiting = gevent.spawn(post, connection)
-    gevent.sleep(0.2)
+    gevent.sleep(0.4)
     waiting.kill()
     assert waiting.value
     record = record_of(waiting.value)
-    assert (record.error, record.chunk_tokens) == ("cancelled", [1])
+    assert (record.error, record.chunk_tokens, record.stamp_source) == ("cancelled", [1, 1, 2], "kernel")
+    assert record.sent_ns < record.chunk_ns[0] < record.chunk_ns[1] - 20_000_000 < record.chunk_ns[2] - 40_000_000
+    assert (record.status, record.output_tokens, record.e2e_seconds) == (200, None, None)
     server.stop.set()
     assert record_of(post(connection)).error is None
 

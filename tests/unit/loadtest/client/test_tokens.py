@@ -125,6 +125,12 @@ def test_a_stream_without_its_last_token_is_truncated(events: list[dict[str, Any
     assert out.output_tokens is None
 
 
+def test_chunks_of_a_stream_that_is_cut_off_are_not_taken_for_tokens() -> None:
+    assert read(text("a") | {"usage": usage(1)}, text("bc") | {"usage": usage(3)}).chunk_tokens == [1, 2]
+    out = read(text("a"), text("bc"))
+    assert (out.error, out.chunk_ns, out.chunk_tokens) == ("truncated", [10, 20], [])
+
+
 @pytest.mark.parametrize("before", [[], [text("a") | {"usage": usage(1)}], [text("a", "stop") | {"usage": usage(1)}]])
 def test_an_error_event_inside_a_200_is_an_error(before: list[dict[str, Any]]) -> None:
     out = read(*before, {"error": {"message": "out of memory", "code": 500}}, DONE)
