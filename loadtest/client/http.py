@@ -8,6 +8,8 @@ import httptools
 
 # The end of a chunked body: the last chunk, with or without trailers (RFC 9112, section 7.1).
 LAST_BYTES = b"\r\n\r\n"
+# Some servers keep the body open after a stream's own last event.
+LAST_EVENT = b"[DONE]\n\n\r\n"
 MAX_ANSWER_BYTES = 256 * 2**20
 
 
@@ -39,10 +41,11 @@ class Answer:
     def take(self, stamp: int, data: bytes) -> bool:
         """Keep bytes that came at `stamp`; answers whether the answer may be complete, so that `read` is due.
 
-        Inside a chunked body only bytes that could be its end make it so: the rest is read when it has come.
+        Inside a chunked body only bytes that could be its end, or that of its stream, make it so: the rest is read when
+        it has come.
         """
         self._unread.append((stamp, data))
-        return not self._body_begun or data.endswith(LAST_BYTES) or len(data) < len(LAST_BYTES)
+        return not self._body_begun or data.endswith((LAST_BYTES, LAST_EVENT)) or len(data) < len(LAST_BYTES)
 
     def read(self) -> None:
         """Read what was taken; raises ValueError for what is not HTTP."""

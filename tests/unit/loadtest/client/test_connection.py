@@ -402,6 +402,59 @@ def test_comments_are_no_sign_of_life(serve: Serve, connect: Connect) -> None:
     assert len(list(exchange.events())) == 1
 
 
+def test_a_stream_that_stalls_keeps_its_tokens_when_its_time_is_up(serve: Serve, connect: Connect) -> None:
+    server = serve([[]])
+    server.scripts[0][0] = [head(), pause, part(event(1)), pause, part(event(2)), pause, part(event(3)), server.wait]
+    record = record_of(post(connect(server.url, timeout=0.5)))
+    assert (record.error, record.chunk_tokens) == ("timeout", [1, 1, 1])
+    assert record.error_detail == "no last token until the deadline"
+
+
+OPEN = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        [head(), pause, part(FIRST), pause, part(LAST), part(b"data: [DONE]\n\n")],
+        [OPEN, pause, FIRST, pause, LAST + b"data: [DONE]\n\n"],
+        [OPEN, STREAM.replace(b"\n", b"\r\n"), pause, b": ping\r\n\r\n"],
+    ],
+    ids=["chunked", "until the connection ends", "with a comment after it"],
+)
+@pytest.mark.parametrize("patience", [0, 0.1])
+def test_a_stream_that_is_done_is_complete_although_its_body_stays_open(
+    serve: Serve, connect: Connect, steps: Answer, patience: float
+) -> None:
+    server = serve([[]], [[answer(STREAM)]])
+    server.scripts[0][0] = [*steps, lambda connection: connection.recv(1)]
+    connection = connect(server.url, timeout=30, token_timeout=patience)
+    first, second = post(connection), post(connection)
+    assert first.end_ns - first.sent_ns < 3e9
+    assert [(record.error, record.output_tokens) for record in map(record_of, (first, second))] == [(None, 2)] * 2
+    assert [number for number, _ in server.requests] == [0, 1]
+
+
+@pytest.mark.parametrize("cut", [b"[DONE]", b"[DO"])
+def test_a_stream_that_is_done_in_pieces_is_complete_at_the_deadline(
+    serve: Serve, connect: Connect, cut: bytes
+) -> None:
+    server = serve([[]])
+    before, middle, after = (head() + part(STREAM)).partition(cut)
+    server.scripts[0][0] = [before + middle, pause, after[:-1], server.wait]
+    record = record_of(post(connect(server.url, timeout=0.5)))
+    assert (record.error, record.output_tokens) == (None, 2)
+
+
+def test_a_body_that_ends_a_moment_after_its_stream_leaves_the_connection_for_the_next(
+    serve: Serve, connect: Connect
+) -> None:
+    server = serve([[head() + part(STREAM), pause, pause, b"0\r\n\r\n"], [answer(STREAM)]])
+    connection = connect(server.url)
+    assert [post(connection).error for _ in range(2)] == [None, None]
+    assert [number for number, _ in server.requests] == [0, 0]
+
+
 def test_a_refusal_before_the_request_was_read_is_seen(serve: Serve, connect: Connect) -> None:
     """A server that has read enough of a request refuses it, and does not read the rest."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
