@@ -198,9 +198,11 @@ def _connect(addresses: list[tuple[Any, ...]]) -> gevent.socket.socket:
 
 def _hung_up(sock: gevent.socket.socket, tls: Tls | None) -> bool:
     """Whether an idle connection was closed by the server; all that TLS may send on one is tickets for later ones."""
+    if tls and tls.ended:
+        return True
     try:
         while data := sock.recv(CHUNK_BYTES):
-            if not tls or tls.decrypt(data):
+            if not tls or tls.decrypt(data) or tls.ended:
                 return True
     except BlockingIOError:
         return False

@@ -198,7 +198,10 @@ class Receiver:
                     stamp_ns, stream.clock = self.clock(), "user"
                 if stream.tls and data:
                     data = stream.tls.decrypt(data)
-                    if not data:
+                    if stream.tls.ended:
+                        stream.answer.take(stamp_ns, data)
+                        data = b""
+                    elif not data:
                         continue
                 self._several += holds_several(data)
                 if data and not stream.answer.take(stamp_ns, data):
