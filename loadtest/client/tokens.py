@@ -11,6 +11,10 @@ import msgspec
 
 from loadtest.records import ErrorKind, TokenSource
 
+# How an output ends as it should; with another reason, such as `abort` or `error`, the server gave it up:
+# https://platform.openai.com/docs/api-reference/completions/object and that of chats.
+ENDS = ("stop", "length", "tool_calls", "function_call", "content_filter")
+
 
 @dataclass
 class Output:
@@ -29,7 +33,7 @@ class Output:
 class Usage(msgspec.Struct):
     """Tokens so far."""
 
-    prompt_tokens: int
+    prompt_tokens: int | None
     completion_tokens: int
 
 
@@ -90,8 +94,8 @@ def read_stream(events: Iterable[tuple[int, bytes]], max_tokens: int, secret: st
     """
     out, counted = Output(), _Count()
     done = _read_events(out, counted, events, secret)
-    if out.error is None and out.finish_reason is None and not (done and out.chunk_ns):
-        out.error, out.error_detail = "truncated", "the stream ended without its last token"
+    if out.error is None and (lack := _lack(out, counted, done, max_tokens)):
+        out.error, out.error_detail = "truncated", lack
     if out.error is None:
         _settle_count(out, counted, max_tokens)
     if not counted.per_chunk:
@@ -137,7 +141,8 @@ def read_answer(events: Iterable[tuple[int, bytes]]) -> str | list[int]:
 def _read_chunk(out: Output, counted: _Count, stamp: int, chunk: Chunk) -> None:
     usage, before = chunk.usage, counted.usage or 0
     if usage:
-        out.prompt_tokens, counted.usage = usage.prompt_tokens, usage.completion_tokens
+        out.prompt_tokens = out.prompt_tokens if usage.prompt_tokens is None else usage.prompt_tokens
+        counted.usage = usage.completion_tokens
     if not chunk.choices:
         return
     choice = chunk.choices[0]
@@ -157,6 +162,18 @@ def _read_chunk(out: Output, counted: _Count, stamp: int, chunk: Chunk) -> None:
     if tokens > 0:
         out.chunk_ns.append(stamp)
         out.chunk_tokens.append(tokens)
+
+
+def _lack(out: Output, counted: _Count, done: bool, max_tokens: int) -> str:
+    """Why what was read is no whole answer; empty: it is one."""
+    if out.finish_reason:
+        gave_up = out.finish_reason not in ENDS
+        return f"the server gave the answer up: finish_reason {out.finish_reason!r}" if gave_up else ""
+    if not (done and out.chunk_ns):
+        return "the stream ended without its last token"
+    tokens = counted.ids if counted.usage is None else counted.usage
+    few = tokens is not None and tokens < max_tokens  # some servers never give a reason
+    return f"the answer ended after {tokens} of {max_tokens} tokens without a finish_reason" if few else ""
 
 
 def _settle_count(out: Output, counted: _Count, max_tokens: int) -> None:
