@@ -261,7 +261,7 @@ def _is_over(stream: Stream, now_ns: int) -> bool:
         return False
     try:
         stream.answer.read()
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         stream.failure = error.with_traceback(None)
         return True
     if is_done(stream.answer.body):

@@ -367,6 +367,25 @@ def test_a_packed_stream_that_was_not_asked_for_is_read_all_the_same(
     assert (record.error, record.output_tokens) == (None, 2)
 
 
+@pytest.mark.parametrize("cut", [4, 12])
+@pytest.mark.parametrize("framed", [True, False])
+def test_a_packed_stream_that_ends_too_soon_is_truncated(
+    serve: Serve, connect: Connect, cut: int, framed: bool
+) -> None:
+    packed, more = gzip.compress(STREAM)[:-cut], "Content-Encoding: gzip\r\n"
+    closing = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n" + more.encode() + b"\r\n"
+    server = serve([[answer(packed, more=more)] if framed else [closing, packed]], [[answer(STREAM)]])
+    connection = connect(server.url)
+    first, second = (record_of(post(connection)) for _ in range(2))
+    assert (first.error, first.error_detail) == ("truncated", "the answer ended inside its packed data")
+    assert second.error is None
+
+
+def test_an_empty_answer_that_claims_to_be_packed_is_only_empty(serve: Serve, connect: Connect) -> None:
+    packed = answer(b"", "503 Service Unavailable", more="Content-Encoding: gzip\r\n")
+    assert post(connect(serve([[packed]]).url)).error is None
+
+
 def test_a_stream_that_only_claims_to_be_packed_is_malformed(serve: Serve, connect: Connect) -> None:
     server = serve([[head(more="Content-Encoding: gzip\r\n") + chunked(STREAM)]])
     assert record_of(post(connect(server.url))).error == "malformed"
