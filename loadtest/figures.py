@@ -22,6 +22,7 @@ Columns = dict[str, Longs]
 
 UNKNOWN = -1
 ERRORS = get_args(ErrorKind)
+CUT_OFF = ERRORS.index("cancelled")
 NUMBERS = ("max_tokens", "scheduled_ns", "sent_ns", "end_ns", "output_tokens")
 COLUMNS = ["target", "phase", *NUMBERS, "error", "chunk_ns"]
 BLOCK_BATCHES = 100
@@ -38,6 +39,7 @@ def measure(path: Path) -> dict[str, dict[str, Any]]:
     """The figures of each target; times in seconds, None for what there is none of.
 
     Each latency is of the measured requests that did not fail; a failed one counts in `requests` and `failed` alone.
+    Of those that the end of the run `cut_off`, which did not fail either, the tokens that came are in the throughput.
     `short_answers`: of how many the output was not as long as asked for, although the end of text was to be ignored.
     """
     columns = _columns(path)
@@ -51,7 +53,8 @@ def lines(targets: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     for name, one in targets.items():
         kinds = ", ".join(f"{kind} {count}" for kind, count in one["failed"].items())
         failed = f"{sum(one['failed'].values()):,} failed" + (f" ({kinds})" if kinds else "")
-        yield f"{name}: {one['requests']:,} measured requests, {failed}"
+        cut_off = f", {one['cut_off']:,} cut off by the end of the run" if one["cut_off"] else ""
+        yield f"{name}: {one['requests']:,} measured requests, {failed}{cut_off}"
         if one["output_throughput"] is not None:
             rates = f"{one['output_throughput']:,.1f} output tokens/s, {one['request_throughput']:,.2f} requests/s"
             yield f"  {rates} in {one['window_seconds']:.1f} s at full load"
@@ -111,17 +114,21 @@ def _window(rows: Columns) -> tuple[int, int] | None:
 
 
 def _tokens_inside(path: Path, columns: Mapping[str, Columns], windows: Mapping[str, tuple[int, int]]) -> Counter[str]:
-    """Output tokens of each target in its window (start, end]; failed requests count as none."""
+    """Output tokens of each target in its window (start, end]; failed requests count as none.
+
+    Of one that was cut off those count of which the server said how many are in each chunk.
+    """
     found: Counter[str] = Counter()
-    cut: dict[int, str] = {}  # those that only a look at their chunks can tell, by place in the file
+    partial: dict[int, str] = {}  # those that only a look at their chunks can tell, by place in the file
     for target, (start, end) in windows.items():
         rows = columns[target]
         good = (rows["error"] == UNKNOWN) & (rows["output_tokens"] != UNKNOWN) & (rows["last_ns"] != UNKNOWN)
         whole = good & (rows["first_ns"] > start) & (rows["last_ns"] <= end)
         found[target] = int(rows["output_tokens"][whole].sum())
-        partly = good & ~whole & (rows["first_ns"] <= end) & (rows["last_ns"] > start)
-        cut |= dict.fromkeys(rows["row"][partly].tolist(), target)
-    for target, stamps, tokens in _chunks(path, cut):
+        some = good & ~whole | (rows["error"] == CUT_OFF) & (rows["last_ns"] != UNKNOWN)
+        partly = some & (rows["first_ns"] <= end) & (rows["last_ns"] > start)
+        partial |= dict.fromkeys(rows["row"][partly].tolist(), target)
+    for target, stamps, tokens in _chunks(path, partial):
         start, end = windows[target]
         found[target] += tokens[(stamps > start) & (stamps <= end)].sum()
     return found
@@ -138,15 +145,15 @@ def _chunks(path: Path, wanted: Mapping[int, str]) -> Iterator[tuple[str, Longs,
         while place is not None and place < first + batch.num_rows:
             row = batch.slice(place - first, 1).to_pylist()[0]
             stamps = np.array(row["chunk_ns"], dtype=np.int64)
-            each = row["chunk_tokens"] or np.full(len(stamps), row["output_tokens"] / len(stamps))
+            each = row["chunk_tokens"] or np.full(len(stamps), (row["output_tokens"] or 0) / len(stamps))
             yield wanted[place], stamps, np.asarray(each, dtype=np.float64)
             place = next(places, None)
         first += batch.num_rows
 
 
 def _of_target(rows: Columns, window: tuple[int, int] | None, tokens: float) -> dict[str, Any]:
-    measured, good = rows["measured"], rows["error"] == UNKNOWN
-    kinds, counts = np.unique(rows["error"][measured & ~good], return_counts=True)
+    measured, good, cut_off = rows["measured"], rows["error"] == UNKNOWN, rows["error"] == CUT_OFF
+    kinds, counts = np.unique(rows["error"][measured & ~good & ~cut_off], return_counts=True)
     first, last, output = rows["first_ns"], rows["last_ns"], rows["output_tokens"]
     seconds = (window[1] - window[0]) / 1e9 if window else None
     inside = good & (last > window[0]) & (last <= window[1]) if window else np.zeros(0)
@@ -155,6 +162,7 @@ def _of_target(rows: Columns, window: tuple[int, int] | None, tokens: float) -> 
     return {
         "requests": int(measured.sum()),
         "failed": {ERRORS[kind]: count for kind, count in zip(kinds.tolist(), counts.tolist(), strict=True)},
+        "cut_off": int((measured & cut_off).sum()),
         "short_answers": int((measured & good & (output != UNKNOWN) & (output != rows["max_tokens"])).sum()),
         "window_seconds": seconds,
         "output_throughput": float(tokens / seconds) if seconds else None,

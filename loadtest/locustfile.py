@@ -1,5 +1,6 @@
 """`locust -f loadtest/locustfile.py`: load for the HF server and the vLLM server, from the web UI or headless."""
 
+import os
 import signal
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from werkzeug.datastructures import MultiDict
 from loadtest import workers
 from loadtest.live import page
 from loadtest.models import first_models
-from loadtest.options import Options, add_arguments, check
+from loadtest.options import Options, add_arguments, check, check_variables
 from loadtest.users import HF, VLLM, Table
 from loadtest.work.schedule import schedule
 from loadtest.work.workloads import WORKLOADS
@@ -31,6 +32,7 @@ def _arguments(parser: Any) -> None:
 @events.init.add_listener
 def _init(environment: Environment, **_: Any) -> None:
     try:
+        check_variables(os.environ)
         options = check(vars(environment.parsed_options))
         _check_files(options)
     except ValueError as error:

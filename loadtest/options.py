@@ -2,7 +2,8 @@
 
 import argparse
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from difflib import get_close_matches
 from typing import Any, Literal, get_args, get_origin
 from urllib.parse import urlsplit
 
@@ -13,16 +14,20 @@ from loadtest.work.arrivals import parse_stages
 Arrival = Literal["closed", "constant", "poisson", "gamma", "steps", "ramp", "trace"]
 Workload = Literal["lognormal", "classic", "sharegpt", "alpaca", "synthetic", "dataset", "trace"]
 Lengths = Literal["lognormal", "constant", "uniform", "normal", "zipf", "empirical"]
+# Of the environment variable of each option.
+PREFIX = "HEADROOM_LOADTEST_"
 
 
 class Options(BaseModel):
     """What a run sends, when, and where; lengths are in tokens, times in seconds."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     arrival: Arrival = Field("closed", description="when requests are sent; closed: when a user's last one has ended")
     rate: float = Field(0.0, ge=0, le=1e6, description="constant, poisson, gamma: requests per second to each server")
-    burstiness: float = Field(1.0, gt=0, description="gamma, steps, ramp: shape of the gaps; 1: Poisson, inf: even")
+    burstiness: float = Field(
+        1.0, gt=0, allow_inf_nan=True, description="gamma, steps, ramp: shape of the gaps; 1: Poisson, inf: even"
+    )
     stages: str = Field("", description="steps: RATExSECONDS,... such as 5x30,10x30; ramp: also FROM-TOxSECONDS")
     duration: float = Field(0.0, ge=0, le=1e7, description="seconds after which no request is sent; 0: no limit")
     trace: str = Field("", description="trace file: Azure LLM inference or BurstGPT (CSV), Mooncake (JSONL)")
@@ -198,9 +203,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(
             "--" + name.replace("_", "-"),
             default=info.default,
-            env_var=f"HEADROOM_LOADTEST_{name.upper()}",
+            env_var=_variable(name),
             help=info.description,
             **({"action": "store_true"} if kind is bool else reads),
+        )
+
+
+def _variable(name: str) -> str:
+    """The environment variable of an option."""
+    return f"{PREFIX}{name.upper()}"
+
+
+def check_variables(names: Iterable[str]) -> None:
+    """Raise ValueError for environment variables that look like options and are none; names the closest that is one."""
+    known = [_variable(name) for name in Options.model_fields]
+    unknown = [name for name in sorted(names) if name.startswith(PREFIX) and name not in known]
+    if unknown:
+        raise ValueError(
+            "; ".join(f"{name}: is no option; expected {get_close_matches(name, known, 1, 0)[0]}" for name in unknown)
         )
 
 
@@ -211,7 +231,7 @@ def check(given: Mapping[str, Any]) -> Options:
     except ValidationError as error:
         # Those of a whole set of options name their fields themselves.
         problems = (
-            f"{p['loc'][0]}: {_shown(p['input'])}: {p['msg']}" if p["loc"] else p["msg"].removeprefix("Value error, ")
+            (f"{p['loc'][0]}: {_shown(p['input'])}: " if p["loc"] else "") + p["msg"].removeprefix("Value error, ")
             for p in error.errors()
         )
         raise ValueError("; ".join(problems)) from None

@@ -370,8 +370,8 @@ def make_record(request: Request, exchange: Exchange, secret: str = "", **fields
     if error in ("http_4xx", "http_5xx"):
         detail = excerpt(exchange.answer.body, 500, secret).decode(errors="replace")
     elif error == "malformed" and not exchange.error:
-        kind, body = exchange.answer.content_type, excerpt(exchange.answer.body, 200, secret)
-        detail = f"expected an event stream, got {kind!r}: {body!r}"
+        kind = excerpt(exchange.answer.content_type.encode(), 200, secret).decode(errors="replace")
+        detail = f"expected an event stream, got {kind!r}: {excerpt(exchange.answer.body, 200, secret)!r}"
     if error and not exchange.answer.pieces:
         return Record(**fields, error=error, error_detail=detail)
     try:
@@ -389,6 +389,6 @@ def _error_of(exchange: Exchange) -> ErrorKind | None:
         return exchange.error
     if exchange.status and exchange.status >= 400:
         return "http_4xx" if exchange.status < 500 else "http_5xx"
-    if not exchange.error and not exchange.answer.content_type.startswith("text/event-stream"):
+    if not exchange.error and not exchange.answer.content_type.lower().startswith("text/event-stream"):
         return "malformed"
     return exchange.error

@@ -56,18 +56,18 @@ class Table:
         self.begin, self.client = live.begin, live.client
 
     def add(self, record: Record) -> None:
-        """Count a request; its response time in the table is the end-to-end latency, in ms.
+        """Count a request; its response time in the table is the end-to-end latency, in ms; one that failed has none.
 
         One that was cut off by the end of the test is a record, but neither a success nor a failure of the server.
         """
         self._live.add(record)
         if record.error == "cancelled":
             return
-        end_ns = record.chunk_ns[-1] if record.chunk_ns else record.end_ns
+        latency = record.e2e_seconds
         self._environment.events.request.fire(
             request_type="POST",
             name=record.target,
-            response_time=(end_ns - record.sent_ns) / 1e6,
+            response_time=None if latency is None else latency * 1e3,
             response_length=0,
             exception=RequestFailedError(f"{record.error}: {record.error_detail}") if record.error else None,
             context={},

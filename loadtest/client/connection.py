@@ -117,8 +117,10 @@ class Connection:
             exchange.sent_ns = clock()
             deadline_ns = begun_ns + self._timeout_ns
             stream = Stream(sock, exchange.answer, deadline_ns, self._patience_ns, exchange.sent_ns, self._tls)
-            self._send_and_receive(stream, head.encode() + body)
-            exchange.clock = stream.clock
+            try:
+                self._send_and_receive(stream, head.encode() + body)
+            finally:  # also when the wait is given up
+                exchange.clock = stream.clock
             if stream.failure:
                 exchange.fail(_kind(stream.failure), stream.failure)
         except (OSError, UnicodeError) as error:  # a host's name may be none
@@ -196,9 +198,11 @@ def _connect(addresses: list[tuple[Any, ...]]) -> gevent.socket.socket:
 
 def _hung_up(sock: gevent.socket.socket, tls: Tls | None) -> bool:
     """Whether an idle connection was closed by the server; all that TLS may send on one is tickets for later ones."""
+    if tls and tls.ended:
+        return True
     try:
         while data := sock.recv(CHUNK_BYTES):
-            if not tls or tls.decrypt(data):
+            if not tls or tls.decrypt(data) or tls.ended:
                 return True
     except BlockingIOError:
         return False

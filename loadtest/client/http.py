@@ -1,12 +1,15 @@
 """HTTP/1.1 answers from bytes, without I/O."""
 
 import zlib
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import httptools
 
 # The end of a chunked body: the last chunk, with or without trailers (RFC 9112, section 7.1).
 LAST_BYTES = b"\r\n\r\n"
+# Some servers keep the body open after a stream's own last event.
+LAST_EVENT = b"[DONE]\n\n\r\n"
 MAX_ANSWER_BYTES = 256 * 2**20
 
 
@@ -38,13 +41,14 @@ class Answer:
     def take(self, stamp: int, data: bytes) -> bool:
         """Keep bytes that came at `stamp`; answers whether the answer may be complete, so that `read` is due.
 
-        Inside a chunked body only bytes that could be its end make it so: the rest is read when it has come.
+        Inside a chunked body only bytes that could be its end, or that of its stream, make it so: the rest is read when
+        it has come.
         """
         self._unread.append((stamp, data))
-        return not self._body_begun or data.endswith(LAST_BYTES) or len(data) < len(LAST_BYTES)
+        return not self._body_begun or data.endswith((LAST_BYTES, LAST_EVENT)) or len(data) < len(LAST_BYTES)
 
     def read(self) -> None:
-        """Read what was taken; raises ValueError for what is not HTTP."""
+        """Read what was taken; raises ValueError for what is not HTTP, TruncatedError when packed data is not whole."""
         unread, self._unread = self._unread, []
         self._size += sum(len(data) for _, data in unread)
         if self._size > MAX_ANSWER_BYTES:
@@ -56,6 +60,8 @@ class Answer:
         except (httptools.HttpParserError, httptools.HttpParserUpgrade, zlib.error) as error:
             raise ValueError(str(error) or type(error).__name__) from error
         self._body_begun = self._chunked and self.status is not None
+        if self.complete:
+            self._check_packed()
 
     def end(self) -> None:
         """Read the end of the connection; raises ConnectionError when it ended before or inside the answer."""
@@ -65,18 +71,28 @@ class Answer:
         if self._length_known and not self.complete:
             raise TruncatedError("the connection ended inside the answer")
         self.complete = True
+        self._check_packed()
+
+    def _check_packed(self) -> None:
+        if self._unpack and self.pieces and not self._unpack.eof:
+            raise TruncatedError("the answer ended inside its packed data")
 
     def close(self) -> None:
-        """Let go of the parser, which refers to this answer: the cycle would stay until garbage is collected."""
+        """Read what had come of an answer that was given up, and let go of the parser.
+
+        It refers to this answer: the cycle would stay until garbage is collected.
+        """
+        with suppress(ValueError, TruncatedError):  # it is not whole anyway
+            self.read()
         self._parser = None
 
     # Callbacks of the parser, which is there while they run.
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """Note what says how the body is framed and packed."""
-        name, value = name.lower(), value.lower()
+        name, given, value = name.lower(), value, value.lower()
         if name == b"content-type":
-            self.content_type = value.decode("latin-1")
+            self.content_type = given.decode("latin-1")
         elif name == b"content-encoding" and value in (b"gzip", b"deflate"):
             # Sent although it was not asked for. 32: either kind of header.
             self._unpack = zlib.decompressobj(zlib.MAX_WBITS | 32)
@@ -101,4 +117,4 @@ class Answer:
 
 
 class TruncatedError(ConnectionError):
-    """The connection ended inside an answer whose length was known."""
+    """An answer whose length or whose packing tells its end ended before that."""

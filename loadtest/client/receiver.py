@@ -19,7 +19,7 @@ from gevent import monkey
 from gevent.event import Event
 
 from loadtest.client.http import Answer
-from loadtest.client.sse import holds_data, holds_several
+from loadtest.client.sse import holds_data, holds_several, is_done
 from loadtest.client.tls import Tls
 
 Clock = Literal["kernel", "user"]
@@ -41,6 +41,8 @@ JUDGED_READINGS, SEVERAL_SHARE = 256, 0.01
 # which nothing is sent: while data gathers each gathering looks at some, and a long one makes it 0.25 s.
 SWEEP_SECONDS = 0.05
 GATHERINGS_A_SWEEP = round(SWEEP_SECONDS / GATHER_SECONDS)
+# How long a body may stay open after [DONE]: the connection of one that ends is of use for the next request.
+DONE_NS = 500_000_000
 # A wall clock that moved by more between two readings was set.
 CLOCK_WAS_SET_NS = 1_000_000
 # Clocks that are read within this time are read at once.
@@ -49,10 +51,11 @@ TOGETHER_NS = 20_000
 
 @dataclass(slots=True, eq=False)
 class Stream:
-    """An answer that is being received; `done` is set at its end, `failure` says why that was not its last byte.
+    """An answer that is being received; `done` is set at its end, `failure` says why it is not whole.
 
-    It fails at `deadline_ns`, or when no data has come for `patience_ns` (0: no such limit): what keeps a connection
-    alive, such as a comment, is none. `alive_ns` is when the last was seen to come, or the request was sent.
+    It is whole with its last byte, or when its stream says so and the body stays open for a moment. It fails at
+    `deadline_ns`, or when no data has come for `patience_ns` (0: no such limit): what keeps a connection alive, such as
+    a comment, is none. `alive_ns` is when the last was seen to come, or the request was sent.
     """
 
     sock: socket.socket
@@ -186,7 +189,6 @@ class Receiver:
         self._readings += len(ready)
         for descriptor, _ in ready:
             stream = streams[descriptor]
-            answer = stream.answer
             try:
                 data, ancillary, _, _ = stream.sock.recvmsg(RECEIVE_BYTES, ANCILLARY_BYTES)
                 if ancillary and offset_ns is not None:
@@ -196,16 +198,15 @@ class Receiver:
                     stamp_ns, stream.clock = self.clock(), "user"
                 if stream.tls and data:
                     data = stream.tls.decrypt(data)
-                    if not data:
+                    if stream.tls.ended:
+                        stream.answer.take(stamp_ns, data)
+                        data = b""
+                    elif not data:
                         continue
                 self._several += holds_several(data)
-                if not data:
-                    answer.end()
-                elif answer.take(stamp_ns, data):
-                    answer.read()
-                    if not answer.complete:
-                        continue
-                else:
+                if data and not stream.answer.take(stamp_ns, data):
+                    continue
+                if not _is_whole(stream, stamp_ns, data):
                     continue
             except BlockingIOError:
                 continue
@@ -230,8 +231,7 @@ class Receiver:
         """End the streams whose time is up, of some or of all."""
         now_ns = self.clock()
         for stream in list(self._streams.values()) if some is None else some:
-            stream.failure = _why_late(stream, now_ns)
-            if stream.failure:
+            if _is_over(stream, now_ns):
                 self._forget(stream)
                 stream.done.set()
 
@@ -242,21 +242,39 @@ class Receiver:
         self._choose_wait()
 
 
-def _why_late(stream: Stream, now_ns: int) -> Exception | None:
-    """What ends a stream before its last byte, if anything; looks for data only when the patience is up."""
-    if now_ns >= stream.deadline_ns:
-        return TimeoutError("no last token until the deadline")
-    if not stream.patience_ns or now_ns - stream.alive_ns < stream.patience_ns:
-        return None
+def _is_whole(stream: Stream, stamp_ns: int, data: bytes) -> bool:
+    """Read what was taken of an answer, up to `data`; answers whether it has ended. Raises as `Answer` does."""
+    answer = stream.answer
+    if not data:
+        answer.end()
+        return True
+    answer.read()
+    if not answer.complete and b"[DONE]" in data and is_done(answer.body):
+        stream.deadline_ns = min(stream.deadline_ns, stamp_ns + DONE_NS)
+    return answer.complete
+
+
+def _is_over(stream: Stream, now_ns: int) -> bool:
+    """Whether a stream ends before its last byte, with its `failure`; looks for data only when its time is up."""
+    late = now_ns >= stream.deadline_ns
+    if not late and (not stream.patience_ns or now_ns - stream.alive_ns < stream.patience_ns):
+        return False
     try:
         stream.answer.read()
-    except ValueError as error:
-        return error.with_traceback(None)
+    except (OSError, ValueError) as error:
+        stream.failure = error.with_traceback(None)
+        return True
+    if is_done(stream.answer.body):
+        return True
+    if late:
+        stream.failure = TimeoutError("no last token until the deadline")
+        return True
     since = (stamp for stamp, piece in reversed(stream.answer.pieces) if stamp <= stream.alive_ns or holds_data(piece))
     stream.alive_ns = max(stream.alive_ns, next(since, 0))
     if now_ns - stream.alive_ns < stream.patience_ns:
-        return None
-    return TimeoutError(f"no data came for {stream.patience_ns / 1e9:g} s")
+        return False
+    stream.failure = TimeoutError(f"no data came for {stream.patience_ns / 1e9:g} s")
+    return True
 
 
 def make_room_for_connections(most: int = 65_536) -> None:

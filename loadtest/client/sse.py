@@ -51,6 +51,11 @@ def read_pieces(pieces: Sequence[tuple[int, bytes]]) -> Iterator[tuple[int, byte
         yield rest[bisect_left(ends, end)][0], data
 
 
+def is_done(stream: bytes) -> bool:
+    """Whether a stream has said that it is complete; its body may still be open. JSON holds no line breaks."""
+    return stream.rpartition(b"[DONE]")[0].endswith((b"\ndata: ", b"\ndata:"))
+
+
 def holds_data(piece: bytes) -> bool:
     """Whether a piece of a stream holds some of an event's data: more than empty lines, comments and other fields."""
     return any(line and not line.startswith(NO_DATA) for line in piece.splitlines())

@@ -9,11 +9,15 @@ CHUNK_BYTES = 64 * 1024
 
 
 class Tls:
-    """The client's side of one TLS connection; raises OSError (ssl.SSLError is one) for what is not TLS."""
+    """The client's side of one TLS connection; raises OSError (ssl.SSLError is one) for what is not TLS.
+
+    `ended`: the server said that it sends no more, which is an end also while the socket below stays open.
+    """
 
     def __init__(self, context: ssl.SSLContext, host: str):
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._session = context.wrap_bio(self._incoming, self._outgoing, server_hostname=host)
+        self.ended = False
 
     def handshake(self, sock: socket.socket, timeout_seconds: float) -> None:
         """Agree on keys over a non-blocking socket; each wait ends after `timeout_seconds`."""
@@ -43,6 +47,7 @@ class Tls:
         try:
             while piece := self._session.read(CHUNK_BYTES):
                 plain.append(piece)
+            self.ended = True  # close_notify: RFC 8446, section 6.1
         except ssl.SSLWantReadError:
             pass
         return b"".join(plain)

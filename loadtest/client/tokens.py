@@ -11,6 +11,10 @@ import msgspec
 
 from loadtest.records import ErrorKind, TokenSource
 
+# How an output ends as it should; with another reason, such as `abort` or `error`, the server gave it up:
+# https://platform.openai.com/docs/api-reference/completions/object and that of chats.
+ENDS = ("stop", "length", "tool_calls", "function_call", "content_filter")
+
 
 @dataclass
 class Output:
@@ -29,7 +33,7 @@ class Output:
 class Usage(msgspec.Struct):
     """Tokens so far."""
 
-    prompt_tokens: int
+    prompt_tokens: int | None
     completion_tokens: int
 
 
@@ -73,13 +77,34 @@ def excerpt(data: bytes, most: int, secret: str = "") -> bytes:
     return data.replace(secret.encode(), b"***")[:most] if secret else data[:most]
 
 
+@dataclass(slots=True)
+class _Count:
+    """Tokens counted so far, by each source; None where the source is silent."""
+
+    usage: int | None = None
+    ids: int | None = None
+    per_chunk: bool = True
+
+
 def read_stream(events: Iterable[tuple[int, bytes]], max_tokens: int, secret: str = "") -> Output:
     """Read (stamp in ns, data) events of a completion or chat stream; never raises: what is wrong is in `error`.
 
-    The `secret` is left out of what the error quotes.
+    Of a stream that is not whole the tokens of its chunks are known where each chunk said how many it held. The
+    `secret` is left out of what the error quotes.
     """
-    out = Output()
-    counted = _Count()
+    out, counted = Output(), _Count()
+    done = _read_events(out, counted, events, secret)
+    if out.error is None and (lack := _lack(out, counted, done, max_tokens)):
+        out.error, out.error_detail = "truncated", lack
+    if out.error is None:
+        _settle_count(out, counted, max_tokens)
+    if not counted.per_chunk:
+        out.chunk_tokens = []
+    return out
+
+
+def _read_events(out: Output, counted: _Count, events: Iterable[tuple[int, bytes]], secret: str) -> bool:
+    """Read up to the first error; answers whether the stream said that it is done."""
     done = False
     for stamp, data in events:
         if data.startswith(b"[DONE]"):
@@ -90,17 +115,13 @@ def read_stream(events: Iterable[tuple[int, bytes]], max_tokens: int, secret: st
         except (ValueError, RecursionError) as error:
             shown = excerpt(data, 200, secret)
             out.error, out.error_detail = "malformed", f"{type(error).__name__}: {error}: {shown!r}"
-            return out
+            return done
         if chunk.error or chunk.object == "error":
             what = msgspec.json.encode(chunk.error) if chunk.error else data
             out.error, out.error_detail = "sse_error", excerpt(what, 500, secret).decode(errors="replace")
-            return out
+            return done
         _read_chunk(out, counted, stamp, chunk)
-    if out.finish_reason is None and not (done and out.chunk_ns):
-        out.error, out.error_detail = "truncated", "the stream ended without its last token"
-        return out
-    _settle_count(out, counted, max_tokens)
-    return out
+    return done
 
 
 def read_answer(events: Iterable[tuple[int, bytes]]) -> str | list[int]:
@@ -117,19 +138,11 @@ def read_answer(events: Iterable[tuple[int, bytes]]) -> str | list[int]:
     return ids or text
 
 
-@dataclass(slots=True)
-class _Count:
-    """Tokens counted so far, by each source; None where the source is silent."""
-
-    usage: int | None = None
-    ids: int | None = None
-    per_chunk: bool = True
-
-
 def _read_chunk(out: Output, counted: _Count, stamp: int, chunk: Chunk) -> None:
     usage, before = chunk.usage, counted.usage or 0
     if usage:
-        out.prompt_tokens, counted.usage = usage.prompt_tokens, usage.completion_tokens
+        out.prompt_tokens = out.prompt_tokens if usage.prompt_tokens is None else usage.prompt_tokens
+        counted.usage = usage.completion_tokens
     if not chunk.choices:
         return
     choice = chunk.choices[0]
@@ -151,6 +164,18 @@ def _read_chunk(out: Output, counted: _Count, stamp: int, chunk: Chunk) -> None:
         out.chunk_tokens.append(tokens)
 
 
+def _lack(out: Output, counted: _Count, done: bool, max_tokens: int) -> str:
+    """Why what was read is no whole answer; empty: it is one."""
+    if out.finish_reason:
+        gave_up = out.finish_reason not in ENDS
+        return f"the server gave the answer up: finish_reason {out.finish_reason!r}" if gave_up else ""
+    if not (done and out.chunk_ns):
+        return "the stream ended without its last token"
+    tokens = counted.ids if counted.usage is None else counted.usage
+    few = tokens is not None and tokens < max_tokens  # some servers never give a reason
+    return f"the answer ended after {tokens} of {max_tokens} tokens without a finish_reason" if few else ""
+
+
 def _settle_count(out: Output, counted: _Count, max_tokens: int) -> None:
     if counted.usage is not None:
         out.output_tokens, out.token_source = counted.usage, "usage"
@@ -158,5 +183,5 @@ def _settle_count(out: Output, counted: _Count, max_tokens: int) -> None:
         out.output_tokens, out.token_source = counted.ids, "token_ids"
     elif out.finish_reason == "length":
         out.output_tokens, out.token_source = max_tokens, "max_tokens"
-    if not counted.per_chunk or sum(out.chunk_tokens) != out.output_tokens:
+    if sum(out.chunk_tokens) != out.output_tokens:
         out.chunk_tokens = []

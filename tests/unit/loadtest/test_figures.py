@@ -64,7 +64,10 @@ def test_figures_are_those_of_the_report_of_a_comparison(tmp_path: Path) -> None
     for target, side in sides.items():
         theirs = requests.of(side)
         assert found[target]["output_throughput"] == pytest.approx(stats.output_throughput(theirs))
-        assert found[target]["request_throughput"] == pytest.approx(stats.goodput(theirs, {}))
+        window = stats.steady_window(theirs)
+        assert window is not None
+        ended = theirs.answered & (theirs.last_ns > window[0]) & (theirs.last_ns <= window[1])
+        assert found[target]["request_throughput"] == pytest.approx(ended.sum() / ((window[1] - window[0]) / 1e9))
         for metric in LATENCIES:
             summary = stats.summarize(stats.LATENCIES[metric](theirs)[theirs.measured])
             assert summary is not None
@@ -78,6 +81,27 @@ def test_an_answer_that_is_not_as_long_as_asked_for_counts_as_good_and_is_named(
     found = measure(write(tmp_path / "r", [unmeasured, request(1), request(2, **short), request(3, **short)]))
     assert found["hf"]["short_answers"] == 2
     assert list(lines(found))[-1].startswith("  2 answers were not as long as asked for")
+
+
+def test_tokens_of_requests_that_the_end_of_the_run_cut_off_are_in_the_throughput_and_are_no_failures(
+    tmp_path: Path,
+) -> None:
+    cut: dict[str, Any] = {"error": "cancelled", "output_tokens": None}
+    stamps = [part * SECOND // 2 for part in (1, 2, 3, 5)]
+    records = [
+        request(0, end_ns=2 * SECOND, **cut, chunk_ns=stamps, chunk_tokens=[1, 2, 3, 4]),
+        # How many tokens these held is not known.
+        request(0, end_ns=2 * SECOND, **cut | {"chunk_tokens": []}),
+        request(0, end_ns=2 * SECOND, error="timeout", output_tokens=None),
+        request(0, end_ns=2 * SECOND, **cut, chunk_ns=[], chunk_tokens=[]),
+    ]
+    hf = measure(write(tmp_path / "r", records))["hf"]
+    assert (hf["requests"], hf["failed"], hf["cut_off"]) == (4, {"timeout": 1}, 3)
+    assert hf["output_throughput"] == (1 + 2 + 3) / 2
+    assert hf["ttft_seconds"] is None
+    text = list(lines({"hf": hf}))
+    assert text[0] == "hf: 4 measured requests, 1 failed (timeout 1), 3 cut off by the end of the run"
+    assert text[1].startswith("  3.0 output tokens/s, 0.00 requests/s")
 
 
 def test_nothing_measured_has_no_figures(tmp_path: Path) -> None:

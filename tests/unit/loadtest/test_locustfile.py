@@ -108,7 +108,7 @@ class Programs:
         self.folder, self._url, self._stack = folder, url, stack
         self._processes: dict[str, subprocess.Popen[str]] = {}
 
-    def start(self, name: str, arguments: str, preexec: Callable[[], None] | None = None) -> None:
+    def start(self, name: str, arguments: str, preexec: Callable[[], None] | None = None, **variables: str) -> None:
         (self.folder / name).mkdir()
         ours = {key: value for key, value in os.environ.items() if not key.startswith(("HEADROOM_", "LOCUST_"))}
         locustfile = str(ROOT / "loadtest" / "locustfile.py")
@@ -125,7 +125,7 @@ class Programs:
                 *arguments.split(),
             ],
             cwd=self.folder / name,
-            env={**ours, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"},
+            env={**ours, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1", **variables},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -186,6 +186,7 @@ def programs(tmp_path_factory: pytest.TempPathFactory, url: str, web_port: int) 
         started = Programs(folder, url, stack)
         started.start("web", f"--hf-url http://127.0.0.1:{free_port()} --web-port {web_port}")
         started.start("bad option", f"{run} --input-mean 0")
+        started.start("bad variable", run, HEADROOM_LOADTEST_REQEUSTS="5")
         started.start("too long", f"{run} --input-mean 5000 --run-time 1s")
         started.start("bad trace", f"{run} --arrival trace --trace ../missing.csv")
         started.start("existing", f"{run} --records ../taken.jsonl")
@@ -207,6 +208,14 @@ def test_a_bad_option_ends_it_with_2_and_one_line(programs: Programs) -> None:
     assert code == 2
     assert lines == ["loadtest: input_mean: 0.0: Input should be greater than or equal to 1"]
     assert "Traceback" not in errors
+
+
+def test_a_variable_that_is_no_option_ends_it_with_2_and_one_line(programs: Programs) -> None:
+    code, lines, _ = programs.ended("bad variable")
+    assert code == 2
+    expected = "loadtest: HEADROOM_LOADTEST_REQEUSTS: is no option; expected HEADROOM_LOADTEST_REQUESTS"
+    assert lines == [expected]
+    assert not list((programs.folder / "bad variable").iterdir())
 
 
 def test_lengths_that_do_not_fit_end_it_with_2_and_one_line_before_anything_is_sent(programs: Programs) -> None:

@@ -5,7 +5,7 @@ import re
 import configargparse  # type: ignore[import-untyped]
 import pytest
 
-from loadtest.options import Options, add_arguments, check
+from loadtest.options import Options, add_arguments, check, check_variables
 
 
 @pytest.mark.parametrize(
@@ -15,7 +15,7 @@ from loadtest.options import Options, add_arguments, check
         ("input_mean", "0", "greater than or equal to 1"),
         ("output_mean", "many", "valid number"),
         ("sigma", "3.5", "less than or equal to 3"),
-        ("sigma", "nan", "less than or equal to 3"),
+        ("sigma", "nan", "finite number"),
         ("max_context", "8", "greater than or equal to 16"),
         ("requests", "-1", "greater than or equal to 0"),
         ("warmup", "1.5", "valid integer"),
@@ -25,7 +25,10 @@ from loadtest.options import Options, add_arguments, check
         ("vllm_url", "ftp://localhost", "https?://"),
         ("arrival", "burst", "'closed', 'constant', 'poisson', 'gamma', 'steps', 'ramp' or 'trace'"),
         ("rate", "-1", "greater than or equal to 0"),
-        ("rate", "inf", "less than or equal to 1000000"),
+        ("rate", "inf", "finite number"),
+        ("rate", "nan", "finite number"),
+        ("rate", "1e7", "less than or equal to 1000000"),
+        ("input_mean", "inf", "finite number"),
         ("burstiness", "0", "greater than 0"),
         ("burstiness", "nan", "greater than 0"),
         ("stages", "5x", "expected RATExSECONDS or FROM-TOxSECONDS"),
@@ -45,6 +48,7 @@ def test_a_bad_value_is_named_with_its_field_and_what_is_allowed(field: str, val
     assert str(refused.value).startswith(f"{field}: {value!r}: ")
     assert allowed in str(refused.value)
     assert "\n" not in str(refused.value)
+    assert "Value error" not in str(refused.value)
 
 
 @pytest.mark.parametrize(
@@ -214,6 +218,13 @@ def test_every_option_is_read_from_the_command_line_and_from_the_environment() -
     chosen = vars(parser.parse_args(["--input-mean", "8.5", "--workload", "synthetic"], env_vars=variables))
     assert set(chosen) == set(Options.model_fields)
     assert check(chosen) == Options(max_context=100, input_mean=8.5, workload="synthetic")
+
+
+def test_a_variable_that_is_no_option_is_refused_with_the_closest_that_is_one() -> None:
+    check_variables([*(f"HEADROOM_LOADTEST_{name.upper()}" for name in Options.model_fields), "HEADROOM_HF_API_KEY"])
+    expected = "HEADROOM_LOADTEST_REQEUSTS: is no option; expected HEADROOM_LOADTEST_REQUESTS"
+    with pytest.raises(ValueError, match=f"^{expected}$"):
+        check_variables(["HEADROOM_LOADTEST_REQEUSTS", "HEADROOM_LOADTEST_SEED", "PATH"])
 
 
 def test_the_defaults_are_allowed() -> None:

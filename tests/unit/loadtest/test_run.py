@@ -38,6 +38,7 @@ class Handler(BaseHTTPRequestHandler):
     seconds = 0.0
     chunks = 0
     refusal = ""
+    kind = "text/event-stream"
     keys: ClassVar[list[str | None]] = []
     bodies: ClassVar[list[dict[str, Any]]] = []
 
@@ -48,7 +49,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(200 if Handler.answered else 503)
         Handler.answered += 1
         body = Handler.refusal.encode() or TOKEN
-        self.send_header("Content-Type", "text/event-stream")
+        self.send_header("Content-Type", Handler.kind)
         if Handler.chunks:
             self.send_chunks()
             return
@@ -312,6 +313,30 @@ def test_no_part_of_a_key_is_kept_where_an_answer_is_cut(
     assert Handler.keys == ["Bearer sesame"]
     assert detail in str(kept.records()[0].error_detail)
     assert b"xses" not in b"".join(kept.batches)
+
+
+def test_a_key_that_comes_back_in_the_kind_of_the_answer_is_not_kept(
+    begin: Begin, kept: Kept, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HEADROOM_HF_API_KEY", "Open-Sesame")
+    monkeypatch.setattr(Handler, "kind", "text/plain; key=Open-Sesame")
+    Handler.answered = 1
+    run = begin("hf", requests=1)
+    perform_all(run, "hf")
+    run.close()
+    assert "got 'text/plain; key=***'" in str(kept.records()[0].error_detail)
+    assert b"sesame" not in b"".join(kept.batches).lower()
+
+
+def test_the_kind_of_an_answer_is_read_whatever_its_case(
+    begin: Begin, kept: Kept, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Handler, "kind", "Text/Event-Stream; charset=UTF-8")
+    Handler.answered = 1
+    run = begin("hf", requests=1)
+    perform_all(run, "hf")
+    run.close()
+    assert kept.records()[0].error is None
 
 
 def test_a_key_of_two_lines_is_refused_and_not_shown(begin: Begin, monkeypatch: pytest.MonkeyPatch) -> None:

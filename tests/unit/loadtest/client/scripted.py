@@ -40,6 +40,18 @@ def answer(body: bytes, status: str = "200 OK", kind: str = "text/event-stream",
     return head(len(body), status, kind, more) + body
 
 
+def event(tokens: int, finish: str | None = None) -> bytes:
+    """The event of one more token, with how many there are by now."""
+    choice = {"text": "x", "finish_reason": finish}
+    usage = {"prompt_tokens": 1, "completion_tokens": tokens}
+    return b"data: " + json.dumps({"choices": [choice], "usage": usage}).encode() + b"\n\n"
+
+
+def part(*pieces: bytes) -> bytes:
+    """The beginning of a chunked body."""
+    return chunked(*pieces).removesuffix(b"0\r\n\r\n")
+
+
 def hang_up(connection: socket.socket) -> None:
     connection.shutdown(socket.SHUT_RDWR)
 

@@ -30,8 +30,10 @@ from tests.unit.loadtest.client.scripted import (
     Step,
     answer,
     chunked,
+    event,
     hang_up,
     head,
+    part,
     pause,
     post,
     record_of,
@@ -257,6 +259,12 @@ def test_tokens_that_came_before_a_failure_stay_in_the_record(serve: Serve, conn
     assert (record.error, len(record.chunk_ns), record.chunk_tokens) == ("truncated", 1, [1])
 
 
+def test_tokens_that_came_before_a_reset_stay_in_the_record(serve: Serve, connect: Connect) -> None:
+    pieces = [step for n in range(1, 5) for step in (part(event(n)), pause)]
+    record = record_of(post(connect(serve([[head(), pause, *pieces, reset]]).url)))
+    assert (record.error, record.chunk_tokens) == ("reset", [1] * 4)
+
+
 def test_the_body_of_a_refusal_is_kept_up_to_a_limit(serve: Serve, connect: Connect) -> None:
     server = serve([[answer("é".encode() * 1000, "400 Bad Request", "text/plain")]])
     record = record_of(post(connect(server.url)))
@@ -359,6 +367,25 @@ def test_a_packed_stream_that_was_not_asked_for_is_read_all_the_same(
     assert (record.error, record.output_tokens) == (None, 2)
 
 
+@pytest.mark.parametrize("cut", [4, 12])
+@pytest.mark.parametrize("framed", [True, False])
+def test_a_packed_stream_that_ends_too_soon_is_truncated(
+    serve: Serve, connect: Connect, cut: int, framed: bool
+) -> None:
+    packed, more = gzip.compress(STREAM)[:-cut], "Content-Encoding: gzip\r\n"
+    closing = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n" + more.encode() + b"\r\n"
+    server = serve([[answer(packed, more=more)] if framed else [closing, packed]], [[answer(STREAM)]])
+    connection = connect(server.url)
+    first, second = (record_of(post(connection)) for _ in range(2))
+    assert (first.error, first.error_detail) == ("truncated", "the answer ended inside its packed data")
+    assert second.error is None
+
+
+def test_an_empty_answer_that_claims_to_be_packed_is_only_empty(serve: Serve, connect: Connect) -> None:
+    packed = answer(b"", "503 Service Unavailable", more="Content-Encoding: gzip\r\n")
+    assert post(connect(serve([[packed]]).url)).error is None
+
+
 def test_a_stream_that_only_claims_to_be_packed_is_malformed(serve: Serve, connect: Connect) -> None:
     server = serve([[head(more="Content-Encoding: gzip\r\n") + chunked(STREAM)]])
     assert record_of(post(connect(server.url))).error == "malformed"
@@ -394,6 +421,59 @@ def test_comments_are_no_sign_of_life(serve: Serve, connect: Connect) -> None:
     assert len(list(exchange.events())) == 1
 
 
+def test_a_stream_that_stalls_keeps_its_tokens_when_its_time_is_up(serve: Serve, connect: Connect) -> None:
+    server = serve([[]])
+    server.scripts[0][0] = [head(), pause, part(event(1)), pause, part(event(2)), pause, part(event(3)), server.wait]
+    record = record_of(post(connect(server.url, timeout=0.5)))
+    assert (record.error, record.chunk_tokens) == ("timeout", [1, 1, 1])
+    assert record.error_detail == "no last token until the deadline"
+
+
+OPEN = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        [head(), pause, part(FIRST), pause, part(LAST), part(b"data: [DONE]\n\n")],
+        [OPEN, pause, FIRST, pause, LAST + b"data: [DONE]\n\n"],
+        [OPEN, STREAM.replace(b"\n", b"\r\n"), pause, b": ping\r\n\r\n"],
+    ],
+    ids=["chunked", "until the connection ends", "with a comment after it"],
+)
+@pytest.mark.parametrize("patience", [0, 0.1])
+def test_a_stream_that_is_done_is_complete_although_its_body_stays_open(
+    serve: Serve, connect: Connect, steps: Answer, patience: float
+) -> None:
+    server = serve([[]], [[answer(STREAM)]])
+    server.scripts[0][0] = [*steps, lambda connection: connection.recv(1)]
+    connection = connect(server.url, timeout=30, token_timeout=patience)
+    first, second = post(connection), post(connection)
+    assert first.end_ns - first.sent_ns < 3e9
+    assert [(record.error, record.output_tokens) for record in map(record_of, (first, second))] == [(None, 2)] * 2
+    assert [number for number, _ in server.requests] == [0, 1]
+
+
+@pytest.mark.parametrize("cut", [b"[DONE]", b"[DO"])
+def test_a_stream_that_is_done_in_pieces_is_complete_at_the_deadline(
+    serve: Serve, connect: Connect, cut: bytes
+) -> None:
+    server = serve([[]])
+    before, middle, after = (head() + part(STREAM)).partition(cut)
+    server.scripts[0][0] = [before + middle, pause, after[:-1], server.wait]
+    record = record_of(post(connect(server.url, timeout=0.5)))
+    assert (record.error, record.output_tokens) == (None, 2)
+
+
+def test_a_body_that_ends_a_moment_after_its_stream_leaves_the_connection_for_the_next(
+    serve: Serve, connect: Connect
+) -> None:
+    server = serve([[head() + part(STREAM), pause, pause, b"0\r\n\r\n"], [answer(STREAM)]])
+    connection = connect(server.url)
+    assert [post(connection).error for _ in range(2)] == [None, None]
+    assert [number for number, _ in server.requests] == [0, 0]
+
+
 def test_a_refusal_before_the_request_was_read_is_seen(serve: Serve, connect: Connect) -> None:
     """A server that has read enough of a request refuses it, and does not read the rest."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -417,14 +497,16 @@ def test_a_refusal_before_the_request_was_read_is_seen(serve: Serve, connect: Co
 
 def test_a_greenlet_that_is_killed_while_it_waits_leaves_what_had_come(serve: Serve, connect: Connect) -> None:
     server = serve([[]], [[answer(STREAM)]])
-    server.scripts[0][0] = [head() + chunked(FIRST)[:-5], server.wait]
+    server.scripts[0][0] = [head(), *(step for n in (1, 2, 4) for step in (pause, part(event(n)))), server.wait]
     connection = connect(server.url)
     waiting = gevent.spawn(post, connection)
-    gevent.sleep(0.2)
+    gevent.sleep(0.4)
     waiting.kill()
     assert waiting.value
     record = record_of(waiting.value)
-    assert (record.error, record.chunk_tokens) == ("cancelled", [1])
+    assert (record.error, record.chunk_tokens, record.stamp_source) == ("cancelled", [1, 1, 2], "kernel")
+    assert record.sent_ns < record.chunk_ns[0] < record.chunk_ns[1] - 20_000_000 < record.chunk_ns[2] - 40_000_000
+    assert (record.status, record.output_tokens, record.e2e_seconds) == (200, None, None)
     server.stop.set()
     assert record_of(post(connection)).error is None
 

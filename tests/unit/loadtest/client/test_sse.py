@@ -6,7 +6,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from loadtest.client.sse import holds_data, holds_several, read_events, read_pieces
+from loadtest.client.sse import holds_data, holds_several, is_done, read_events, read_pieces
 
 STREAM = "data: é€😀\n\n: comment\n\nevent: x\ndata: one\ndata:two\n\ndata: [DONE]\n\n"
 STREAM_EVENTS = ["é€😀", "one\ntwo", "[DONE]"]
@@ -131,3 +131,18 @@ def test_comments_and_other_fields_hold_no_data(piece: bytes, holds: bool) -> No
 )
 def test_bytes_that_hold_several_events_are_told_from_those_of_one_and_of_an_end(data: bytes, several: bool) -> None:
     assert holds_several(data) is several
+
+
+@pytest.mark.parametrize(
+    ("stream", "done"),
+    [
+        (b"", False),
+        (b"data: a\n\n", False),
+        (b'data: {"text": "data: [DONE]"}\n\n', False),
+        (b"data: a\n\n: [DONE]\n\n", False),
+        (b"data: a\n\ndata: [DONE]\n\n", True),
+        (b"data: a\r\n\r\ndata:[DONE]\r\n\r\n: ping\r\n\r\n", True),
+    ],
+)
+def test_a_stream_is_done_when_an_event_says_so(stream: bytes, done: bool) -> None:
+    assert is_done(stream) is done

@@ -1,8 +1,10 @@
 """The streaming client over TLS."""
 
+import socket
 import ssl
 import subprocess
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import gevent
@@ -12,6 +14,7 @@ from loadtest.client import connection as client
 from loadtest.records import ErrorKind
 from tests.unit.loadtest.client.scripted import (
     FIRST,
+    LAST,
     STREAM,
     Answer,
     Connect,
@@ -21,6 +24,8 @@ from tests.unit.loadtest.client.scripted import (
     chunked,
     hang_up,
     head,
+    part,
+    pause,
     post,
     record_of,
 )
@@ -74,6 +79,48 @@ def test_tls_connections_break_as_others_do(
 ) -> None:
     server = encrypt(serve([steps]))
     assert record_of(post(connect(server.url))).error == kind
+
+
+def say_goodbye(connection: socket.socket) -> None:
+    """Send TLS's own end (close_notify) and leave the socket open until the client closes it, as uvicorn does."""
+    assert isinstance(connection, ssl.SSLSocket)
+    connection.settimeout(20)
+    with suppress(OSError):
+        connection.unwrap().recv(1)
+
+
+OPEN = b"HTTP/1.0 200 OK\r\nContent-Type: text/event-stream\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("steps", "error", "tokens"),
+    [
+        ([], "reset", None),
+        ([head() + part(FIRST)], "truncated", None),
+        ([head(), pause, part(FIRST), pause, part(LAST)], "truncated", 2),
+        ([OPEN + FIRST + LAST], None, 2),
+        ([OPEN, pause, FIRST, pause, LAST, pause], None, 2),
+        ([answer(STREAM)], None, 2),
+    ],
+)
+def test_the_end_that_tls_tells_is_one_although_the_socket_stays_open(
+    serve: Serve,
+    connect: Connect,
+    encrypt: Callable[[Server], Server],
+    steps: Answer,
+    error: ErrorKind | None,
+    tokens: int | None,
+) -> None:
+    server = encrypt(serve([[*steps, say_goodbye]], [[answer(STREAM)]]))
+    connection = connect(server.url, timeout=10)
+    first = post(connection)
+    gevent.sleep(0.1)
+    second = post(connection)
+    assert first.end_ns - first.sent_ns < 5e9
+    assert second.end_ns - second.sent_ns < 5e9
+    records = record_of(first), record_of(second)
+    assert [(record.error, record.output_tokens) for record in records] == [(error, tokens), (None, 2)]
+    assert [number for number, _ in server.requests] == [0, 1]
 
 
 def test_a_certificate_that_nobody_signed_is_a_connect_error(

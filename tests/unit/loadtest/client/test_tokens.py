@@ -110,8 +110,39 @@ def test_a_missing_done_is_no_error_once_the_reason_of_the_end_was_given() -> No
 
 
 def test_a_missing_reason_of_the_end_is_no_error_when_done_follows_output() -> None:
-    out = read(text("a") | {"usage": usage(1)}, DONE)
+    out = read(text("a") | {"usage": usage(1)}, DONE, max_tokens=1)
     assert (out.error, out.output_tokens) == (None, 1)
+    assert read(text("a"), DONE).error is None  # nobody counts
+
+
+@pytest.mark.parametrize("counts", [{"usage": usage(2)}, {}])
+def test_an_answer_without_a_reason_of_its_end_and_with_fewer_tokens_than_asked_for_is_truncated(
+    counts: dict[str, Any],
+) -> None:
+    out = read(text("ab", token_ids=[5, 6]) | counts, DONE, max_tokens=10)
+    assert (out.error, out.output_tokens, out.chunk_tokens) == ("truncated", None, [2])
+    assert out.error_detail == "the answer ended after 2 of 10 tokens without a finish_reason"
+
+
+@pytest.mark.parametrize("reason", ["abort", "error", "insufficient_system_resource"])
+def test_an_answer_that_the_server_gave_up_is_a_failure(reason: str) -> None:
+    out = read(text("a") | {"usage": usage(1)}, text("b", reason) | {"usage": usage(2)}, DONE, max_tokens=10)
+    assert (out.error, out.finish_reason, out.output_tokens, out.chunk_tokens) == ("truncated", reason, None, [1, 1])
+    assert out.error_detail == f"the server gave the answer up: finish_reason '{reason}'"
+
+
+@pytest.mark.parametrize("reason", ["stop", "length", "tool_calls", "function_call", "content_filter"])
+def test_the_ends_that_the_api_knows_are_no_failures(reason: str) -> None:
+    out = read(text("a") | {"usage": usage(1)}, text("b", reason) | {"usage": usage(2)}, DONE, max_tokens=10)
+    assert (out.error, out.output_tokens) == (None, 2)
+
+
+def test_a_number_of_prompt_tokens_that_is_null_is_unknown() -> None:
+    unknown = {"prompt_tokens": None, "completion_tokens": 1}
+    out = read(text("a", "stop") | {"usage": unknown}, DONE)
+    assert (out.error, out.prompt_tokens, out.output_tokens) == (None, None, 1)
+    out = read(text("a", "stop") | {"usage": usage(1)}, {"choices": [], "usage": unknown}, DONE)
+    assert (out.error, out.prompt_tokens, out.output_tokens) == (None, 7, 1)
 
 
 @pytest.mark.parametrize(
@@ -123,6 +154,12 @@ def test_a_stream_without_its_last_token_is_truncated(events: list[dict[str, Any
     out = read(*events)
     assert (out.error, out.error_detail) == ("truncated", "the stream ended without its last token")
     assert out.output_tokens is None
+
+
+def test_chunks_of_a_stream_that_is_cut_off_are_not_taken_for_tokens() -> None:
+    assert read(text("a") | {"usage": usage(1)}, text("bc") | {"usage": usage(3)}).chunk_tokens == [1, 2]
+    out = read(text("a"), text("bc"))
+    assert (out.error, out.chunk_ns, out.chunk_tokens) == ("truncated", [10, 20], [])
 
 
 @pytest.mark.parametrize("before", [[], [text("a") | {"usage": usage(1)}], [text("a", "stop") | {"usage": usage(1)}]])
@@ -160,7 +197,7 @@ def test_an_error_that_is_null_is_none() -> None:
         '{"choices": [], "usage": 5}',
         '{"choices": [], "usage": {"prompt_tokens": 5}}',
         '{"choices": [], "usage": {"prompt_tokens": 5, "completion_tokens": "six"}}',
-        '{"choices": [], "usage": {"prompt_tokens": null, "completion_tokens": 6}}',
+        '{"choices": [], "usage": {"prompt_tokens": 5, "completion_tokens": null}}',
         '{"choices": [{"text": "a"}], "usage": {"prompt_tokens": 5, "completion_tokens": "six"}}',
         pytest.param("[" * 100_000, id="nested too deep"),
     ],
