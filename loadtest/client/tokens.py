@@ -12,8 +12,8 @@ import msgspec
 from loadtest.records import ErrorKind, TokenSource
 
 # How an output ends as it should; with another reason, such as `abort` or `error`, the server gave it up:
-# https://platform.openai.com/docs/api-reference/completions/object and that of chats.
-ENDS = ("stop", "length", "tool_calls", "function_call", "content_filter")
+# https://platform.openai.com/docs/api-reference/completions/object and that of chats; the last two are TGI's.
+ENDS = ("stop", "length", "tool_calls", "function_call", "content_filter", "eos_token", "stop_sequence")
 
 
 @dataclass

@@ -269,7 +269,6 @@ def test_a_mean_that_zipf_cannot_have_is_named_with_its_option() -> None:
     [
         {"input_mean": 1024},
         {"output_mean": 5000},
-        {"input_mean": float("inf")},
         {"workload": "sharegpt", "max_context": 512},
     ],
 )
