@@ -24,7 +24,9 @@ class Options(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     arrival: Arrival = Field("closed", description="when requests are sent; closed: when a user's last one has ended")
-    rate: float = Field(0.0, ge=0, le=1e6, description="constant, poisson, gamma: requests, or conversations, a second to each server")
+    rate: float = Field(
+        0.0, ge=0, le=1e6, description="constant, poisson, gamma: requests, or conversations, a second to each server"
+    )
     burstiness: float = Field(
         1.0, gt=0, allow_inf_nan=True, description="gamma, steps, ramp: shape of the gaps; 1: Poisson, inf: even"
     )
