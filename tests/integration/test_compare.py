@@ -204,7 +204,7 @@ def sent(cell: CellResult) -> list[tuple[int, str, int | None, int | None]]:
 
 def test_servers_under_load_together_are_told_so_and_a_killed_pair_runs_anew(compare: Callable[..., Compare]) -> None:
     targets = [{"name": "one", "kind": "hf"}, {"name": "paged", "kind": "hf", "args": "--engine continuous"}]
-    options = {"targets": targets, "together": True, "levels": [3], "repeats": 2, "vllm_args": "", "requests": 12}
+    options = {"targets": targets, "together": True, "levels": [3], "repeats": 2, "vllm_args": "", "min_seconds": 2}
     run = compare(max_model_len=256, **options)
     run.wait_for_records("paged")
     os.killpg(run.process.pid, signal.SIGINT)
