@@ -12,7 +12,7 @@ import numpy as np
 
 from experiment.analysis import stats, steady
 from experiment.analysis.requests import SOURCES
-from experiment.analysis.results import JSON, CellResult, Results, pairs, targets
+from experiment.analysis.results import JSON, CellResult, Results, goes_on, pairs, targets
 from experiment.analysis.steady import Steady
 
 # More than these are not listed one by one.
@@ -98,7 +98,7 @@ def _same_work(plan: JSON, whole: Sequence[CellResult]) -> JSON:
         for first, second in (pair for other in others for pair in pairs(own, baseline, other)):
             compared += min(len(first.requests), len(second.requests))
             values = {"target": second.target, "level": level, "repeat": first.repeat}
-            unequal = stats.different_work(first.requests, second.requests, one_goes_on=bool(plan.get("min_seconds")))
+            unequal = stats.different_work(first.requests, second.requests, one_goes_on=goes_on(plan))
             different += [_finding("other_work", **values, request=index) for index in unequal]
     if not others:
         return _gate("same-work", otherwise=[_finding("one_server")])

@@ -129,6 +129,11 @@ def load(folder: Path) -> Results:
     return Results(folder, plan, environment, status, cells, table, memory)
 
 
+def goes_on(plan: JSON) -> bool:
+    """Whether the cells of a run may have more requests than were planned, as they last for a time."""
+    return bool(plan["arrival"] == "closed" and plan.get("min_seconds") and not plan.get("requests"))
+
+
 def _read_json(path: Path) -> JSON:
     with damage_named(path):
         value = json.loads(path.read_text())

@@ -12,7 +12,7 @@ from scipy.special import stdtrit
 from experiment.analysis import stats
 from experiment.analysis.analyse import analyse
 from experiment.analysis.requests import Floats
-from experiment.analysis.results import JSON, CellResult, Results, damage_named, load
+from experiment.analysis.results import JSON, CellResult, Results, damage_named, goes_on, load
 from experiment.analysis.results import targets as targets_of
 from experiment.plan.rules import RATES
 
@@ -222,8 +222,8 @@ def work(first: Run, second: Run) -> dict[Key, tuple[int, int]]:
         other = theirs.get((cell.level, cell.target, cell.repeat))
         if other:
             compared, different = found[cell.level, cell.target]
-            goes_on = any(run.results.plan.get("min_seconds") for run in (first, second))
-            different += len(stats.different_work(other.requests, cell.requests, one_goes_on=goes_on))
+            longer = any(goes_on(run.results.plan) for run in (first, second))
+            different += len(stats.different_work(other.requests, cell.requests, one_goes_on=longer))
             found[cell.level, cell.target] = compared + min(len(other.requests), len(cell.requests)), different
     return found
 

@@ -95,7 +95,9 @@ class Plan(Checked):
     levels: list[Annotated[float, Field(ge=0.001, le=1_000_000)]] = Field(
         [1, 4, 16], min_length=1, description="closed: requests in flight, for example 1,4,16; else requests/s"
     )
-    requests: int | None = Field(None, ge=2, description="measured requests in a cell; default: from those below")
+    requests: int | None = Field(
+        None, ge=2, description="exactly so many measured requests in a cell; else by those below"
+    )
     requests_per_user: int = Field(3, ge=1, description="closed: measured requests for each one in flight")
     min_seconds: float = Field(2, ge=0, le=86400, description="closed: a cell is measured for so long at least")
     duration_seconds: float = Field(60, gt=0, description="open loop: measured requests are those of so many seconds")
@@ -174,11 +176,16 @@ class Plan(Checked):
         return self
 
     def measured(self, level: float) -> int:
-        """Measured requests in a cell; in a closed loop at least, see `min_seconds`."""
+        """Measured requests in a cell; in a closed loop at least, see `goes_on_seconds`."""
         if self.requests:
             return self.requests
         wanted = self.requests_per_user * level if self.arrival == "closed" else self.duration_seconds * level
         return max(self.min_requests, round(wanted))
+
+    @property
+    def goes_on_seconds(self) -> float:
+        """How long the measured requests of a closed loop go on at least; 0: there are exactly as many as planned."""
+        return self.min_seconds if self.arrival == "closed" and not self.requests else 0.0
 
     def warmup(self, level: float) -> int:
         """Requests before the measured ones: one for each in flight or those of the ramp, at least two."""

@@ -35,6 +35,8 @@ READ_BY: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "workload": dict.fromkeys(("input_mean", "output_mean", "sigma"), ("lognormal",)),
 }
+# The keys by which the measured requests of a cell are counted, unless `requests` says how many there are.
+COUNTS = ("requests_per_user", "min_requests", "min_seconds", "duration_seconds")
 
 
 class PlanError(Exception):
@@ -138,6 +140,9 @@ def _unread(plan: Plan, settings: Settings) -> Iterator[str]:
             value = getattr(plan, name)
             if chosen not in readers and value != getattr(before, name):
                 yield f"{name}: {value:g}: is not read by {by} {chosen}; expected {by} {' or '.join(readers)}"
+    for name in COUNTS if plan.requests else ():
+        if (value := getattr(plan, name)) != getattr(before, name):
+            yield f"{name}: {value:g}: is not read beside requests, which says how many there are"
 
 
 def _folded(settings: Settings) -> dict[str, Any]:

@@ -123,7 +123,7 @@ def _command(bench: Bench, cell: Cell, target: Target, folder: Path) -> list[str
         "exit-code-on-error": 0,
     }
     if cell.arrival == "closed":
-        options |= {"users": cell.level, "spawn-rate": cell.level, "min-seconds": plan.min_seconds}
+        options |= {"users": cell.level, "spawn-rate": cell.level, "min-seconds": plan.goes_on_seconds}
     else:
         options |= {"users": 1, "arrival": cell.arrival, "rate": cell.level}
     locust = [sys.executable, "-m", "locust", "-f", str(LOCUSTFILE), "--headless", "--only-summary"]
@@ -169,10 +169,10 @@ def _require_whole(bench: Bench, work: Work) -> None:
         # Requests fail before a server's end is seen: give it the time to show.
         bench.stack.require_healthy(work.cell.target)
     written, planned = _written(work.records), bench.plan.total(work.cell.level)
-    if bench.plan.min_seconds:
+    if bench.plan.goes_on_seconds:
         # How many more there were to be the load generator says: it came to its own end.
         work.state["planned_requests"] = max(planned, written)
-    if written < planned or (written > planned and not bench.plan.min_seconds):
+    if written < planned or (written > planned and not bench.plan.goes_on_seconds):
         raise RunError(f"the load generator ended early. {work.program.tail()}")
 
 

@@ -64,7 +64,7 @@ class Runner:
         total = sum(self._plan.total(cell.level) for cell in cells)
         task = self.progress.add_task(label, total=total, left=left)
         if not self._console.is_terminal:
-            more = "or more " if self._plan.arrival == "closed" and self._plan.min_seconds else ""
+            more = "or more " if self._plan.goes_on_seconds else ""
             self._console.print(f"{label}, {total} {more}requests; {left}", markup=False)
         started = time.monotonic()
         run_cells(self._bench, cells, folder, partial(self._show, task))
