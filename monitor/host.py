@@ -9,11 +9,10 @@ from monitor.processes import Processes
 from monitor.sampler import Governor, Sampler, Schedule, Source
 from monitor.timeline import Series, Timeline
 
-HOST_HZ, DETAILS_HZ = 10, 1
-# Of all that sampling may take, what reading the processes may, and what reading the memory that they share.
-HOST_SHARE, SHARED_SHARE = 0.9, 0.1
-# The same on a machine with GPUs, whose memory is what matters there.
-HOST_HZ_BESIDE_GPUS, HOST_SHARE_BESIDE_GPUS, SHARED_SHARE_BESIDE_GPUS = 5, 0.2, 0.05
+DETAILS_HZ = 1
+# How often the processes are read, and of all that sampling may take, what that may, and what reading the memory that
+# they share may. Where there are GPUs it is their memory that matters.
+ALONE, BESIDE_GPUS = (10, 0.9, 0.1), (5, 0.2, 0.05)
 LATENESS = Series("monitor_sample_lateness_seconds", detail="host")
 CPU = Series("monitor_cpu_seconds_total")
 
@@ -29,12 +28,8 @@ class Host:
 
 def make_host(timeline: Timeline, processes: Processes, rates: Rates, *, beside_gpus: bool) -> Host:
     """Sample memory and CPU of the processes, once a second their threads and files, and in between what is shared."""
-    hz, share, shared = (
-        (HOST_HZ_BESIDE_GPUS, HOST_SHARE_BESIDE_GPUS, SHARED_SHARE_BESIDE_GPUS)
-        if beside_gpus
-        else (HOST_HZ, HOST_SHARE, SHARED_SHARE)
-    )
-    hz = min(rates.hz, hz)
+    most_hz, share, shared = BESIDE_GPUS if beside_gpus else ALONE
+    hz = min(rates.hz, most_hz)
     # Five metrics of each server and our lateness; two of each and our CPU.
     often = timeline.ring("host", rates.seconds * hz, 5 * MAX_SERVERS + 1)
     seldom = timeline.ring("host-details", rates.seconds * DETAILS_HZ, 2 * MAX_SERVERS + 1)

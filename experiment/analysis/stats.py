@@ -169,8 +169,8 @@ def wilson(share: float, count: int) -> tuple[float, float]:
 def goodput(requests: Requests, limits: Mapping[str, float]) -> float | None:
     """Requests that ended inside the steady window over its length (1/s), times the share of measured within limits.
 
-    The share is of the measured alone, as those before them met a server that was not yet under
-    load; the rate is of all, as those too take their part of the server while they end.
+    The share is of the measured alone, as those before them met a server that was not yet under load; the rate is of
+    all, as those too take their part of the server while they end.
     """
     window, share = steady_window(requests), attainment(requests, limits)
     if window is None or window[1] <= window[0] or share is None:

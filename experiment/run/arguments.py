@@ -7,7 +7,7 @@ from experiment.plan.plan import Plan, Target
 from experiment.plan.settings import PlanError
 from experiment.run.stack import command_of
 
-MODEL = "import sys; from servers.models import SHAPES; print(*SHAPES)"
+SHAPES = "from servers.models import SHAPES; print(*SHAPES)"
 # Where a kind of server has its settings, which load neither torch nor a model.
 SETTINGS = {"hf": "servers.hf.settings", "vllm": "servers.vllm.launch"}
 CHECK = """
@@ -32,7 +32,7 @@ def _require_shape(plan: Plan) -> None:
     kind, _, shape = plan.model.partition(":")
     if kind == "random" and any(not target.url for target in plan.targets):
         shapes = subprocess.run(
-            [sys.executable, "-c", MODEL], capture_output=True, text=True, check=True
+            [sys.executable, "-c", SHAPES], capture_output=True, text=True, check=True
         ).stdout.split()
         if shape not in shapes:
             raise PlanError(f"model: {plan.model!r}: unknown shape; expected random: and one of {', '.join(shapes)}")

@@ -7,7 +7,7 @@ import pytest
 
 from tests.system.compose import Compose
 
-SMALL = "--concurrency 2 --min-requests 6 --repeats 2 --output-mean 12".split()
+SMALL = "--concurrency 2 --requests 6 --repeats 2 --output-mean 200".split()
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def test_a_comparison_loads_the_servers_of_the_stack_and_watches_them(stack: Com
     assert set(level["targets"]) == {"hf", "vllm"}
     for figures in level["targets"].values():
         assert figures["failed"] == {}
-        assert figures["requests"] >= 12  # those of two repeats, and more until their time was over
+        assert figures["requests"] == 12
         assert figures["memory"]["host"]["held"]["max"] > 1e8  # bytes: from the stack's monitor
         assert figures["memory"]["kv"]["samples"] > 0
     gates = {gate["id"]: gate["passed"] for gate in summary["gates"]}
@@ -51,7 +51,7 @@ def test_the_other_commands_read_what_it_left(stack: Compose, result: Path) -> N
     before = report.stat().st_mtime_ns
     assert "The report is at" in stack.headroom("report", folder)
     assert report.stat().st_mtime_ns > before
-    assert "1.000 (1.000 to 1.000)" in stack.headroom("diff", folder, folder)
+    assert "no detectable difference" in stack.headroom("diff", folder, folder)
 
 
 def test_bad_input_is_named(stack: Compose) -> None:
