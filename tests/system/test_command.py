@@ -51,7 +51,9 @@ def test_the_other_commands_read_what_it_left(stack: Compose, result: Path) -> N
     before = report.stat().st_mtime_ns
     assert "The report is at" in stack.headroom("report", folder)
     assert report.stat().st_mtime_ns > before
-    assert "no detectable difference" in stack.headroom("diff", folder, folder)
+    # Valid or not, which on a busy machine is not the test's to say: each figure is that of the same run.
+    told = stack.headroom("diff", folder, folder)
+    assert told.count("1.000 (1.000 to 1.000)") == 14
 
 
 def test_bad_input_is_named(stack: Compose) -> None:
