@@ -37,14 +37,13 @@ case $MODEL in random:*) export HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}" ;; esac
 # servers and a cell. The others begin anew.
 declare -A least=(
     [doctor]=20 [quick]=150 [ladder]=120 [same-memory]=120 [classic]=120 [tests-stack]=300 [monitor]=220
-    [paper]=120 [kv-sampling]=230 [tests-hf]=300 [quick-13b]=150 [own-gpus-alone]=150 [own-gpus-together]=150
-    [two-gpus]=150
+    [paper]=120 [kv-sampling]=230 [tests-hf]=300 [quick-13b]=150 [own-gpus]=200 [two-gpus]=150
 )
 # The most telling first.
 all="doctor quick ladder same-memory monitor classic paper tests-stack tests-hf kv-sampling quick-13b"
 GPUS=${GPUS:-$("$PYTHON" -c "from experiment.environment import find_gpus; print(len(find_gpus()[0]))")}
 [ "$GPUS" -gt 0 ] || [ "$SIZE" = smoke ] || refuse "no NVIDIA GPU is found here; SIZE=smoke tries the script without"
-[ "$GPUS" -lt 2 ] || all="$all own-gpus-alone own-gpus-together two-gpus"
+[ "$GPUS" -lt 2 ] || all="$all own-gpus two-gpus"
 STEPS=${STEPS:-$all}
 for name in $STEPS; do
     [ -n "${least[$name]:-}" ] || refuse "STEPS: '$name': expected some of ${!least[*]}"
@@ -60,7 +59,7 @@ size_of() {
     local all=(--resident all --max-model-len 512 --gpu-memory-utilization 0.15) eight="${KV_BUDGET:-2147483648}"
     case $SIZE-$1 in
     short-quick) size+=(--levels "1,16" --requests-per-user 2 --min-requests 6 --repeats 3 --output-mean 32) ;;
-    short-two-gpus) size+=(--levels "1,16" --requests-per-user 4 --min-requests 6 --repeats 2) ;;
+    short-two-gpus) size+=(--levels "1,16" --requests-per-user 2 --min-requests 6 --repeats 2 --output-mean 32) ;;
     short-ladder)
         size+=(--levels "1,16" --requests-per-user 1 --min-requests 6 --output-mean 32 "${all[@]}")
         size+=(--kv-budget $((4 * eight)))
@@ -69,7 +68,7 @@ size_of() {
         size+=(--workload lognormal --requests-per-user 1 --output-mean 32 "${all[@]}" --kv-budget "$eight")
         ;;
     short-paper)
-        size+=(--workload alpaca --levels "0.5,4" --duration-seconds 15 --ramp-seconds 3 --min-requests 8 --repeats 1)
+        size+=(--workload alpaca --levels "0.5,1,2,4" --duration-seconds 15 --ramp-seconds 3 --min-requests 8 --repeats 1)
         ;;
     short-interference) size+=(--levels 16 --requests-per-user 12 --repeats 3 --output-mean 32) ;;
     whole-same-memory) size+=(--kv-budget "${KV_BUDGET:-4294967296}") ;;
@@ -78,7 +77,7 @@ size_of() {
     smoke-*) size+=(--levels 2 --requests 4 --repeats 1 --workload lognormal --output-mean 8) ;;
     esac
     case $SIZE in # of the benchmarks
-    short) seconds=(--rounds 1 --cell-seconds 6) hz=(--hz "100,1000" --seconds 8) ;;
+    short) seconds=(--rounds 3 --cell-seconds 5 --warmup-seconds 1) hz=(--hz "100,1000" --seconds 8) ;;
     whole) seconds=() hz=() ;;
     smoke) seconds=(--rounds 1 --cell-seconds 3 --warmup-seconds 1) hz=(--hz 10 --seconds 2) ;;
     esac
@@ -88,16 +87,15 @@ size_of() {
 step() {
     case $1 in
     quick-13b) size_of quick "$BIG_MODEL" ;;
-    own-gpus-*) size_of interference "$MODEL" ;;
+    own-gpus) size_of interference "$MODEL" ;;
     *) size_of "$1" "$MODEL" ;;
     esac
     case $1 in
     doctor) limited "${headroom[@]}" doctor ;;
     classic) limited "${headroom[@]}" classic --out "$FOLDER/runs/classic" ;;
-    quick | ladder | same-memory | paper) compare --preset "$1" "${size[@]}" ;;
-    quick-13b) compare --preset quick "${size[@]}" ;;
-    own-gpus-alone) own_gpus ;;
-    own-gpus-together) own_gpus --together ;;
+    quick | ladder | same-memory | paper) compare "$1" --preset "$1" "${size[@]}" ;;
+    quick-13b) compare "$1" --preset quick "${size[@]}" ;;
+    own-gpus) own_gpus ;;
     two-gpus) two_gpus ;;
     monitor)
         benchmark monitor "${hz[@]}" --servers sequential,vllm \
@@ -124,9 +122,10 @@ limited() {
 # Seconds until then, of which there is at least one.
 within() { echo $(($1 > SECONDS ? $1 - SECONDS : 1)); }
 
-# Run a comparison, or go on with the one that was stopped; `progress` is then how many cells were completed.
+# Run the comparison of a name, or go on with the one that was stopped; `progress` then has the cells it completed.
 compare() {
-    local runs="$FOLDER/runs/$name" run before=0 code=0
+    local runs="$FOLDER/runs/$1" run before=0 code=0
+    shift
     run=$(newest "$runs")
     if [ -z "$run" ]; then
         limited "${headroom[@]}" compare --out "$runs" "$@" || code=$?
@@ -137,7 +136,7 @@ compare() {
         before=$(completed "$run")
         limited "${headroom[@]}" compare --resume "$run" || code=$?
     fi
-    progress=$(($(completed "$run") - before))
+    progress=$((progress + $(completed "$run") - before))
     return $code
 }
 
@@ -161,14 +160,16 @@ benchmark() {
     limited "$PYTHON" -m "benchmarks.$1" --model "$MODEL" "${seconds[@]}" --out "$FOLDER/figures/$name.json" "${@:2}"
 }
 
-# Each server on a GPU of its own. `headroom compare` waits until they are up.
+# Each server on a GPU of its own, under load one at a time and then together. `headroom compare` waits for them.
 own_gpus() {
     local code=0 common=(--model "$MODEL" --max-model-len 1024)
+    local both=("${size[@]}" --max-model-len 1024 --start-seconds 300 --hf-url http://127.0.0.1:8000)
+    both+=(--vllm-url http://127.0.0.1:8001)
     # Unlike a padded batch this engine is near enough to vLLM that both are under load for most of the time.
     serve 0 hf --port 8000 "${common[@]}" --engine continuous --max-batch 32
     serve 1 vllm --port 8001 "${common[@]}"
-    compare "${size[@]}" --max-model-len 1024 --start-seconds 300 \
-        --hf-url http://127.0.0.1:8000 --vllm-url http://127.0.0.1:8001 "$@" || code=$?
+    compare own-gpus-alone "${both[@]}" || code=$?
+    [ $code != 0 ] || compare own-gpus-together "${both[@]}" --together || code=$?
     stop_servers
     return $code
 }
@@ -201,7 +202,7 @@ resident: one
 max_model_len: 1024
 gpu_memory_utilization: 0.8
 END
-    compare "$plan" "${size[@]}"
+    compare "$name" "$plan" "${size[@]}"
 }
 
 # What the steps left, in one folder that can be handed on.

@@ -11,6 +11,8 @@ from experiment.environment import find_gpus
 from experiment.run.stack import Stack, get
 from tests.integration.harness import KV_BUDGET
 
+GPUS = find_gpus()[0]
+
 pytestmark = pytest.mark.alone
 
 
@@ -22,11 +24,12 @@ def samples(stack: Stack, seconds: float) -> pa.Table:
     return pa.ipc.open_stream(body).read_all()
 
 
-def test_each_server_is_sampled_ten_times_a_second(stack: Stack) -> None:
+def test_each_server_is_sampled_ten_times_a_second_or_five_beside_gpus(stack: Stack) -> None:
+    hz = 5 if GPUS else 10
     taken = Counter((row["metric"], row["server"]) for row in samples(stack, 3).to_pylist())
     for metric in ("host_rss_bytes", "host_pss_bytes", "host_cpu_seconds_total"):
         for server in ("hf", "vllm"):
-            assert 27 <= taken[metric, server] <= 33, (metric, server)
+            assert 2.7 * hz <= taken[metric, server] <= 3.3 * hz, (metric, server)
 
 
 def test_memory_of_a_server_is_that_of_all_its_processes(stack: Stack) -> None:
@@ -44,7 +47,7 @@ def test_metrics_name_both_servers(stack: Stack) -> None:
         assert f'headroom_host_rss_bytes{{server="{server}"}}' in text
 
 
-@pytest.mark.skipif(not find_gpus()[0], reason="there is no GPU")
+@pytest.mark.skipif(not GPUS, reason="there is no GPU")
 def test_the_memory_of_a_gpu_is_that_of_both_servers_and_the_rest(stack: Stack) -> None:
     rows = [row for row in samples(stack, 2).to_pylist() if row["metric"].startswith("gpu_")]
     used = {row["gpu"]: row["value"] for row in rows if row["metric"] == "gpu_memory_used_bytes"}
@@ -55,4 +58,5 @@ def test_the_memory_of_a_gpu_is_that_of_both_servers_and_the_rest(stack: Stack) 
     assert parts[gpu, "vllm"] > 100e6 + KV_BUDGET
     assert sum(size for (other, _), size in parts.items() if other == gpu) == pytest.approx(used[gpu], rel=0.01)
     ticks = [row for row in rows if row["metric"] == "gpu_memory_used_bytes" and row["gpu"] == gpu]
-    assert 150 <= len(ticks) <= 210  # 100 a second
+    # 100 a second. What the monitor may take of a core is shared by all GPUs.
+    assert 150 / len(used) <= len(ticks) <= 210

@@ -175,7 +175,7 @@ def test_steps_for_two_gpus_are_run_only_where_there_are_two(proof: Proof) -> No
         proof.call("", GPUS=gpus, FAILS="compare")
         return set(proof.states())
 
-    assert known("2") - known("1") == {"own-gpus-alone", "own-gpus-together", "two-gpus"}
+    assert known("2") - known("1") == {"own-gpus", "two-gpus"}
 
 
 @pytest.mark.parametrize("size", ["short", "whole", "smoke"])
