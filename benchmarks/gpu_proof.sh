@@ -153,7 +153,8 @@ tests() {
         echo "the tests need pytest, pytest-asyncio and hypothesis, which requirements/dev.txt names" >>"$log"
         return 1
     }
-    limited "$PYTHON" -m pytest -v -p no:cacheprovider "${@/#/tests/integration/}"
+    local files=("${@/#/tests/integration/}")
+    limited "$PYTHON" -m pytest -v -p no:cacheprovider "${files[@]/%/.py}"
 }
 
 benchmark() {

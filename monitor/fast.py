@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 UNATTRIBUTED = "unattributed"
 MAX_SERVERS = 16
-# How often the processes are read while the memory in use does not change.
+# How often the processes are read while the memory in use does not change, or changes for longer than may be paid for.
 CALM_HZ = 5
 UNKNOWN_BYTES = 2**64 - 1
 # In the order in which `Reader.memory` answers them.
@@ -36,6 +36,7 @@ class Fast:
         self.schedule = Schedule(rates.hz, self.tick, sampling.governors["fast"], sampling.clocks)
         self._gpu = gpu
         self._processes = sampling.processes
+        self._reading = sampling.reading
         self._clock = sampling.clocks.time_ns
         self._memory_ring = timeline.ring(f"gpu{gpu.gpu}-memory", rates.seconds * rates.hz, 6)
         self._parts_ring = timeline.ring(f"gpu{gpu.gpu}-processes", rates.seconds * rates.processes_hz, MAX_SERVERS + 1)
@@ -73,7 +74,8 @@ class Fast:
             time_ns = self._clock()
             if self._parts_due(time_ns, memory) and gpu.device is device:
                 self._read_ns = time_ns
-                memory, well = self._read_parts(device, self._reader, memory)
+                with self._reading.spend():
+                    memory, well = self._read_parts(device, self._reader, memory)
                 self._used = memory[USED] if memory else math.nan
             if gpu.device is device:
                 self._memory_ring.put((*(memory or NO_MEMORY), lateness, self.schedule.behind or NONE_MISSED))
@@ -84,8 +86,10 @@ class Fast:
     def _parts_due(self, time_ns: int, memory: Memory | None) -> bool:
         """Tell whether the processes are to be read: at once when the memory in use has changed, else now and then."""
         passed_ns = time_ns - self._read_ns
+        if passed_ns >= self._calm_ns:
+            return True
         changed = memory is not None and memory[USED] != self._used
-        return passed_ns >= (self._every_ns if changed else self._calm_ns)
+        return changed and passed_ns >= self._every_ns and self._reading.left(time_ns)
 
     def _read_parts(self, device: Device, reader: Reader, memory: Memory | None) -> tuple[Memory | None, bool]:
         """Keep what each server has, and the rest; answer the memory that they add up to, and success."""

@@ -12,15 +12,15 @@ import pynvml
 from monitor.fast import Fast
 from monitor.nvml import DEAR, FAST, LOST, SLOW, UNSUPPORTED, Call, Device, Values
 from monitor.processes import Processes
-from monitor.sampler import CLOCKS, SECOND, Clocks, Governor, Sampler, Schedule, Source, within
+from monitor.sampler import CLOCKS, SECOND, Allowance, Clocks, Governor, Sampler, Schedule, Source, within
 from monitor.timeline import Ring, Series, Timeline
 
 log = logging.getLogger(__name__)
 
 PROCESSES_HZ, SLOW_HZ, DEAR_HZ = 100, 10, 1
-# Of all that sampling may take, what that of all GPUs may: memory and processes, slow values, dear ones.
+# Of all that sampling may take, what that of all GPUs may: memory, slow values; the lists of processes; dear values.
 SHARES = {"fast": 0.6, "slow": 0.1}
-DEAR_SHARE = 0.05
+PROCESSES_SHARE, DEAR_SHARE = 0.1, 0.05
 # Lines about one call, so that one that flaps does not fill the log.
 MAX_LINES = 20
 # A call that is not supported is tried again after so long; a device is lost when its main call fails for so long.
@@ -52,12 +52,13 @@ class Rates:
 
 @dataclass(frozen=True)
 class Sampling:
-    """What all GPUs are sampled with; each tier that slows down has its governor."""
+    """What all GPUs are sampled with; each tier that slows down has its governor, `reading` is for lists of processes."""
 
     timeline: Timeline
     processes: Processes
     rates: Rates
     governors: Mapping[str, Governor]
+    reading: Allowance
     clocks: Clocks = CLOCKS
     cards: int = 1
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import pynvml
 
 from monitor.events import Events, Xid
-from monitor.gpu import SHARES, Gpu, Rates, Sampling
+from monitor.gpu import PROCESSES_SHARE, SHARES, Gpu, Rates, Sampling
 from monitor.nvml import Device, Found, close_nvml, mig_devices, open_nvml
 from monitor.processes import Processes
-from monitor.sampler import CLOCKS, SECOND, Clocks, Governor, Sampler, Schedule, Source
+from monitor.sampler import CLOCKS, SECOND, Allowance, Clocks, Governor, Sampler, Schedule, Source
 from monitor.timeline import Timeline
 
 log = logging.getLogger(__name__)
@@ -43,7 +43,8 @@ class Gpus:
             "slow": (rates.slow_hz, "utilization, power, clocks and temperature of GPUs"),
         }
         self._governors = {tier: Governor(rates.max_cpu * SHARES[tier], *kind) for tier, kind in kinds.items()}
-        self._sampling = Sampling(timeline, processes, rates, self._governors, clocks)
+        self._reading = Allowance(rates.max_cpu * PROCESSES_SHARE)
+        self._sampling = Sampling(timeline, processes, rates, self._governors, self._reading, clocks)
         self._events = Events(timeline, clocks)
         self._errors: Counter[str] = Counter()
         self._running = False
@@ -97,8 +98,10 @@ class Gpus:
         return {(gpu.gpu, reason): sec for gpu in self.found.values() for reason, sec in gpu.throttled.items()}
 
     def _govern(self, _: float) -> bool:
+        others = {"fast": self._reading.used}
         for tier, governor in self._governors.items():
-            governor.review(self._clock(), sum(gpu.cpu_seconds(tier) for gpu in self.found.values()))
+            used = sum(gpu.cpu_seconds(tier) for gpu in self.found.values())
+            governor.review(self._clock(), used - others.get(tier, 0.0))
         return True
 
     def _watch(self, _: float) -> bool:

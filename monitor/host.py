@@ -12,7 +12,7 @@ from monitor.timeline import Series, Timeline
 DETAILS_HZ = 1
 # How often the processes are read, and of all that sampling may take, what that may, and what reading the memory that
 # they share may. Where there are GPUs it is their memory that matters.
-ALONE, BESIDE_GPUS = (10, 0.9, 0.1), (5, 0.2, 0.05)
+ALONE, BESIDE_GPUS = (10, 0.9, 0.1), (5, 0.1, 0.05)
 LATENESS = Series("monitor_sample_lateness_seconds", detail="host")
 CPU = Series("monitor_cpu_seconds_total")
 

@@ -5,7 +5,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 log = logging.getLogger(__name__)
@@ -15,6 +15,8 @@ SECOND = 1_000_000_000
 STALE_NS = 5 * SECOND
 # How long the CPU of sampling is added up before it is judged: a look at new processes is soon over.
 REVIEW_NS = 5 * SECOND
+# Seconds for which an allowance of CPU is kept.
+BURST_SECONDS = 5.0
 # Reviews in a row that must leave room before a slowed source goes faster again, and how much room.
 CALM_REVIEWS = 6
 ROOM = 0.8
@@ -142,6 +144,37 @@ class Governor:
                 self.divider //= 2
         else:
             self._calm = 0
+
+
+class Allowance:
+    """CPU that a kind of work may take: it comes in at a share of a core, and some seconds' worth is kept for bursts.
+
+    Work is allowed while any is left, and may so overdraw it by what it takes once. Threads share one without a lock:
+    a rare lost count does no harm.
+    """
+
+    def __init__(self, max_cpu: float, cpu_clock: Callable[[], float] = time.thread_time) -> None:
+        self.used = 0.0
+        self._max_cpu = max_cpu
+        self._cpu_clock = cpu_clock
+        self._left, self._time_ns = max_cpu * BURST_SECONDS, 0
+
+    def left(self, time_ns: int) -> bool:
+        """Tell whether work may be done now."""
+        come_in = (time_ns - self._time_ns) / SECOND * self._max_cpu
+        self._left, self._time_ns = min(self._left + come_in, self._max_cpu * BURST_SECONDS), time_ns
+        return self._left > 0
+
+    @contextmanager
+    def spend(self) -> Iterator[None]:
+        """Count what the thread uses meanwhile."""
+        begun = self._cpu_clock()
+        try:
+            yield
+        finally:
+            seconds = self._cpu_clock() - begun
+            self.used += seconds
+            self._left -= seconds
 
 
 class Schedule:

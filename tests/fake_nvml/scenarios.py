@@ -121,9 +121,23 @@ def changing() -> Figures:
     return {"calm": [at for at in read if at < 10], "spike": [at for at in read if 10 <= at < 10.02], "read": read}
 
 
+def dear_processes() -> Figures:
+    """Memory changes all the time, and each list of processes takes 2 ms of CPU."""
+    made = script().add("device 0", 80 * GIB).add("process 0 0", os.getpid(), GIB).add("work 0 1e9 0 processes 0.002")
+    for hundredth in range(4000):
+        made.add(f"memory {hundredth / 100}", 0, 2 * GIB + hundredth % 2)
+    rings = Simulation(made, Rates(hz=100, max_cpu=0.1, seconds=60)).run(40).timeline.rings
+    times = {
+        name: [ring.time_ns(number) / SECOND for number in range(*ring.bounds())]
+        for name, ring in rings.items()
+        if name in {"gpu0-memory", "gpu0-processes"}
+    }
+    return {"memory": len(times["gpu0-memory"]), "processes": times["gpu0-processes"]}
+
+
 SCENARIOS = {
     run.__name__: run
-    for run in (taken_away, fails_for_ever, unknown_error, mig, supported_later, throttled, overcount, changing)
+    for run in (taken_away, fails_for_ever, unknown_error, mig, supported_later, throttled, overcount, changing, dear_processes)
 }
 
 if __name__ == "__main__":

@@ -58,5 +58,5 @@ def test_the_memory_of_a_gpu_is_that_of_both_servers_and_the_rest(stack: Stack) 
     assert parts[gpu, "vllm"] > 100e6 + KV_BUDGET
     assert sum(size for (other, _), size in parts.items() if other == gpu) == pytest.approx(used[gpu], rel=0.01)
     ticks = [row for row in rows if row["metric"] == "gpu_memory_used_bytes" and row["gpu"] == gpu]
-    # 100 a second. What the monitor may take of a core is shared by all GPUs.
-    assert 150 / len(used) <= len(ticks) <= 210
+    # 100 a second, or where the driver is slow as many as --max-cpu allows, but of 100 not less than an eighth.
+    assert 24 <= len(ticks) <= 210

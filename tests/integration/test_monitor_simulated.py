@@ -122,3 +122,13 @@ def test_processes_are_read_when_the_memory_changes_and_else_five_times_a_second
     # The spike within the millisecond, its end once the next reading is due.
     assert [round(at, 3) for at in played["spike"]][:2] == [10.001, 10.01]
     assert 85 <= len([at for at in played["read"] if 11 <= at < 12]) <= 115
+
+
+def test_lists_of_processes_keep_within_their_share_after_a_burst_and_take_nothing_from_the_memory(
+    library: Path, script: Script
+) -> None:
+    played = play(library, script, "scenarios", "dear_processes")
+    assert played["memory"] == 4000
+    # A tenth of --max-cpu is 1 % of a core: 5 a second, of which 25 were saved up.
+    assert 20 <= sum(at < 1 for at in played["processes"]) <= 35
+    assert 20 * 4 <= sum(20 <= at < 40 for at in played["processes"]) <= 20 * 6

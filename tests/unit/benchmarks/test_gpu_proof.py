@@ -71,12 +71,12 @@ class Proof:
         output, _ = piece.communicate(timeout=60)
         return piece.returncode, output
 
-    def asked(self) -> list[list[str]]:
-        """What was asked of the `headroom` command since the last time."""
+    def asked(self, program: str = "experiment.cli") -> list[list[str]]:
+        """What was asked of the `headroom` command, or of another program, since the last time."""
         path = self.home / "asked"
         lines = path.read_text().splitlines() if path.exists() else []
         path.unlink(missing_ok=True)
-        return [line.split("|")[2:] for line in lines if "experiment.cli" in line]
+        return [line.split("|")[2:] for line in lines if program in line]
 
     def states(self) -> dict[str, str]:
         """Of each step, from the table."""
@@ -187,6 +187,13 @@ def test_every_comparison_is_a_plan(proof: Proof, size: str) -> None:
     assert len({plan.out for plan in plans}) == 8
     assert sum(plan.model == "random:opt-13b" for plan in plans) == (0 if size == "smoke" else 1)
     assert sum(plan.together for plan in plans) == 1
+
+
+def test_the_tests_that_are_run_are_there(proof: Proof) -> None:
+    assert proof.call("tests-stack tests-hf")[0] == 0
+    files = [word for words in proof.asked("pytest") for word in words if word.startswith("tests/")]
+    assert len(files) == 7
+    assert all((SCRIPT.parents[1] / file).is_file() for file in files)
 
 
 @pytest.mark.parametrize(

@@ -12,10 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from monitor.sampler import (
+    BURST_SECONDS,
     CALM_REVIEWS,
     REVIEW_NS,
     SECOND,
     STALE_NS,
+    Allowance,
     Clocks,
     Governor,
     Sampler,
@@ -163,6 +165,31 @@ def test_a_governor_never_stops_a_source_nor_exceeds_the_wanted_rate(shares: lis
     for share in shares:
         governor.decide(share)
         assert 1 <= governor.divider <= hz
+
+
+def test_work_goes_on_at_its_share_of_a_core_after_what_was_saved_up_is_used() -> None:
+    time_ns, cpu, done = 10**12, 0.0, list[float]()
+    allowance = Allowance(0.01, lambda: cpu)
+    for _ in range(3000):
+        if allowance.left(time_ns):
+            done.append((time_ns - 10**12) / SECOND)
+            with allowance.spend():
+                cpu += 0.001
+        time_ns += SECOND // 100
+    assert done[:50] == [pytest.approx(number / 100) for number in range(50)]
+    assert len([at for at in done if at >= 10]) == pytest.approx(20 * 10, abs=2)
+    assert allowance.used == pytest.approx(cpu)
+
+
+def test_what_is_saved_up_has_an_end() -> None:
+    cpu = 0.0
+    allowance = Allowance(0.01, lambda: cpu)
+    assert allowance.left(10**12)
+    assert allowance.left(10**12 + 3600 * SECOND)
+    with allowance.spend():
+        cpu += 0.01 * BURST_SECONDS + 0.001
+    assert not allowance.left(10**12 + 3600 * SECOND)
+    assert allowance.left(10**12 + 3600 * SECOND + SECOND // 5)
 
 
 def test_a_source_is_up_while_its_last_good_tick_is_recent() -> None:
