@@ -74,7 +74,10 @@ size_of() {
     whole-same-memory) size+=(--kv-budget "${KV_BUDGET:-4294967296}") ;;
     whole-interference) size+=(--levels 16 --requests-per-user 12) ;;
     smoke-paper) size+=(--workload alpaca --levels 2 --requests 4 --ramp-seconds 1 --repeats 1) ;;
-    smoke-*) size+=(--levels 2 --requests 4 --repeats 1 --workload lognormal --output-mean 8) ;;
+    smoke-*)
+        size+=(--levels 2 --requests-per-user 2 --min-requests 4 --min-seconds 1 --repeats 1)
+        size+=(--workload lognormal --output-mean 8)
+        ;;
     esac
     case $SIZE in # of the benchmarks
     short) seconds=(--rounds 3 --cell-seconds 5 --warmup-seconds 1) hz=(--hz "100,1000" --seconds 8) ;;
@@ -161,32 +164,19 @@ benchmark() {
     limited "$PYTHON" -m "benchmarks.$1" --model "$MODEL" "${seconds[@]}" --out "$FOLDER/figures/$name.json" "${@:2}"
 }
 
-# Each server on a GPU of its own, under load one at a time and then together. `headroom compare` waits for them.
+# Each server on a GPU of its own, under load one at a time and then together.
 own_gpus() {
-    local code=0 common=(--model "$MODEL" --max-model-len 1024)
-    local both=("${size[@]}" --max-model-len 1024 --start-seconds 300 --hf-url http://127.0.0.1:8000)
-    both+=(--vllm-url http://127.0.0.1:8001)
-    # Unlike a padded batch this engine is near enough to vLLM that both are under load for most of the time.
-    serve 0 hf --port 8000 "${common[@]}" --engine continuous --max-batch 32
-    serve 1 vllm --port 8001 "${common[@]}"
-    compare own-gpus-alone "${both[@]}" || code=$?
-    [ $code != 0 ] || compare own-gpus-together "${both[@]}" --together || code=$?
-    stop_servers
-    return $code
-}
-
-serve() {
-    # HEADROOM_SERVER: by it the monitor tells whose memory it sees.
-    CUDA_VISIBLE_DEVICES=$1 HEADROOM_SERVER=$2 timeout "$(within "$PIECE_SECONDS")" \
-        "$PYTHON" -m "servers.$2" "${@:3}" >>"$FOLDER/logs/$name-$2.log" 2>&1 &
-    servers+=($!)
-}
-
-stop_servers() {
-    [ ${#servers[@]} -gt 0 ] || return 0
-    kill "${servers[@]}" 2>/dev/null || true
-    wait "${servers[@]}" || true
-    servers=()
+    local plan="$FOLDER/own-gpus.yaml"
+    # Unlike a padded batch, continuous batching is near enough to vLLM that both do much while both are under load.
+    cat >"$plan" <<END
+preset: quick
+targets:
+  - {name: hf, kind: hf, args: "--engine continuous --max-batch 32", gpus: "0"}
+  - {name: vllm, kind: vllm, gpus: "1"}
+max_model_len: 1024
+END
+    compare own-gpus-alone "$plan" "${size[@]}" &&
+        compare own-gpus-together "$plan" "${size[@]}" --together
 }
 
 # Each server on one GPU and spread over two.
@@ -251,7 +241,6 @@ table() {
 
 finish() {
     trap '' INT TERM
-    stop_servers
     collect
     table
     say "collected in $FOLDER/collected, $(du -s --apparent-size --block-size=1000 "$FOLDER/collected" | cut -f 1) kB"
@@ -286,7 +275,7 @@ attempt() {
     esac
 }
 
-child='' servers=() first=yes deadline=$((PIECE_SECONDS - STOP_SECONDS))
+child='' first=yes deadline=$((PIECE_SECONDS - STOP_SECONDS))
 [ "$deadline" -gt 0 ] || refuse "PIECE_SECONDS: '$PIECE_SECONDS': expected more than STOP_SECONDS, $STOP_SECONDS"
 mkdir -p "$FOLDER/steps" "$FOLDER/logs" "$FOLDER/figures" "$FOLDER/runs"
 FOLDER=$(cd "$FOLDER" && pwd)

@@ -58,6 +58,7 @@ class Options(BaseModel):
     min_seconds: float = Field(
         0.0, ge=0, le=86400, description="closed: with requests, go on with more of them for so long at least"
     )
+    until_file: str = Field("", description="with min_seconds, go on until this file is there as well")
     warmup: int = Field(0, ge=0, description="requests sent before the measured ones and left out of statistics")
     drain: int = Field(0, ge=0, description="requests sent after the measured ones, to keep the load up until they end")
     seed: int = Field(0, ge=0, description="the same seed gives the same requests")
@@ -150,6 +151,8 @@ def _arrival_problems(options: Options) -> Problems:
         yield "drain", "is not read without requests, which it follows"
     if options.min_seconds and not options.requests:
         yield "min_seconds", "is not read without requests, which it makes more of"
+    if options.until_file and not options.min_seconds:
+        yield "until_file", "is not read without min_seconds, after which it is waited for"
     if options.min_seconds and options.turns > 1:
         yield "min_seconds", f"needs turns 1, not {options.turns}"
     if arrival in ("constant", "poisson", "gamma") and not options.rate:

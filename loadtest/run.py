@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from itertools import islice
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import gevent
@@ -114,7 +115,8 @@ class Run:
         if options.min_seconds and any(share.of > 1 for share in shares.values()):
             raise ValueError(f"min_seconds: {options.min_seconds:g}: needs one process for each server, got several")
         measured_end = options.warmup + options.requests if options.requests else None
-        # The index after the last measured request of each target: it moves on until `min_seconds` are over.
+        # The index after the last measured request of each target: it moves on until `min_seconds` are over, and until
+        # there is an `until_file`.
         self._measured_end = dict.fromkeys(shares, measured_end)
         self._measured_since: dict[str, float] = {}
         for target in shares:
@@ -274,11 +276,11 @@ class Run:
 
     def _goes_on(self, target: str, request: Request) -> bool:
         """Whether a request that would be the first of the drain is still to be measured."""
-        since = self._measured_since.get(target)
+        since, until = self._measured_since.get(target), self.options.until_file
         return (
             request.index == self._measured_end[target]
             and since is not None
-            and time.monotonic() < since + self.options.min_seconds
+            and (time.monotonic() < since + self.options.min_seconds or bool(until and not Path(until).exists()))
         )
 
     def _end(self, target: str) -> int | None:

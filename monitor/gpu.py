@@ -52,7 +52,7 @@ class Rates:
 
 @dataclass(frozen=True)
 class Sampling:
-    """What all GPUs are sampled with; each tier that slows down has its governor, `reading` is for lists of processes."""
+    """What all GPUs are sampled with: a governor for each tier that slows down, `reading` for lists of processes."""
 
     timeline: Timeline
     processes: Processes

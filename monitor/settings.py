@@ -30,10 +30,10 @@ class Settings(BaseSettings):
         0.02,
         gt=0,
         le=1,
-        description="share of a core for all sampling; of that 60 % are for the memory of GPUs, 10 % for its processes, "
-        "10 % for utilization, power, clocks, throttling and temperature, 5 % for energy, PCIe, NVLink and ECC, 10 % for "
-        "the servers' processes on the host, 5 % for the memory that those share (PSS), without a GPU 90 and 10 %; what "
-        "needs more is sampled less often; answering /timeline and /metrics is not part of it",
+        description="share of a core for all sampling; of that 60 % are for the memory of GPUs, 10 % for their "
+        "processes, 10 % for utilization, power, clocks, throttling and temperature, 5 % for energy, PCIe, NVLink and "
+        "ECC, 10 % for the servers' processes on the host, 5 % for the memory that those share (PSS), without a GPU 90 "
+        "and 10 %; what needs more is sampled less often; answering /timeline and /metrics is not part of it",
     )
 
     @model_validator(mode="after")

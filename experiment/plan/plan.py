@@ -47,6 +47,9 @@ class Target(Checked):
     name: str = Field(pattern="^[a-z0-9-]+$", max_length=40, description="in folders, tables and charts")
     kind: Literal["hf", "vllm", "url"] = Field(description="servers.hf, servers.vllm, or any OpenAI-compatible server")
     args: str = Field("", description="hf, vllm: arguments for the server that is started, as one string")
+    gpus: str = Field(
+        "", pattern="^([0-9]+(,[0-9]+)*)?$", description="hf, vllm: the GPUs it is given, as 0 or 0,1; default: all"
+    )
     url: str = Field("", pattern="^(https?://.+)?$", description="use the server there instead of starting one")
     model: str = Field("", description="model to ask a server at a URL for; default: the first that it offers")
     server: str = Field("", description="HEADROOM_SERVER of a server at a URL, where that is not the target's name")
@@ -74,6 +77,8 @@ class Target(Checked):
             raise ValueError("kind url needs a url")
         if self.url and self.args:
             raise ValueError("args are for a server that is started here; with a url none is")
+        if self.url and self.gpus:
+            raise ValueError("gpus are for a server that is started here; with a url none is")
         if self.model and not self.url:
             raise ValueError("model is for a server at a url; those that are started here serve the plan's")
         if self.server and not self.url:

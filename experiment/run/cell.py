@@ -48,6 +48,11 @@ class Work:
         """Where the requests that have ended are."""
         return self.folder / "records.arrow"
 
+    @property
+    def enough(self) -> Path:
+        """What tells a load generator that all those at work have what they are to measure at least."""
+        return self.folder / "enough"
+
 
 def run_cells(bench: Bench, cells: Sequence[Cell], folder: Path, report: Callable[[int], None]) -> None:
     """Run cells at the same time, each into a new folder in `folder`; they are complete when all came to their end.
@@ -71,6 +76,7 @@ def run_cells(bench: Bench, cells: Sequence[Cell], folder: Path, report: Callabl
         for work in works:
             end(work.program.process, LOADTEST_STOP_SECONDS)
             work.state["end_ns"] = time.monotonic_ns()
+            work.enough.unlink(missing_ok=True)
             write_json(work.folder / "cell.json", work.state)
 
 
@@ -124,6 +130,8 @@ def _command(bench: Bench, cell: Cell, target: Target, folder: Path) -> list[str
     }
     if cell.arrival == "closed":
         options |= {"users": cell.level, "spawn-rate": cell.level, "min-seconds": plan.goes_on_seconds}
+        if plan.together and plan.goes_on_seconds:
+            options["until-file"] = folder / "enough"
     else:
         options |= {"users": 1, "arrival": cell.arrival, "rate": cell.level}
     locust = [sys.executable, "-m", "locust", "-f", str(LOCUSTFILE), "--headless", "--only-summary"]
@@ -153,12 +161,21 @@ def _watch(bench: Bench, works: Sequence[Work], report: Callable[[int], None]) -
         cell = running[0].cell
         if time.monotonic() > deadline:
             raise RunError(f"--cell-seconds: cell {cell.name} was not done after {plan.cell_seconds:g} s")
+        if plan.together and all(_has_enough(plan, work) for work in works):
+            for work in works:
+                work.enough.touch()
         if cell.search and time.monotonic() - judged > JUDGE_SECONDS:
             judged = time.monotonic()
             written = running[0].records
             if written.exists() and is_lost(plan, cell, requests.load(written)):
                 return True
     return False
+
+
+def _has_enough(plan: Plan, work: Work) -> bool:
+    """Whether a server has answered all requests that are to be measured at least."""
+    level = work.cell.level
+    return _written(work.records) >= plan.warmup(level) + plan.measured(level)
 
 
 def _require_whole(bench: Bench, work: Work) -> None:

@@ -185,6 +185,9 @@ class Stack:
             environment["HF_HUB_OFFLINE"] = "1"
         if {"--prefix-caching", "--enable-prefix-caching"} & set(command):
             environment["VLLM_SERVER_DEV_MODE"] = "1"  # it then offers to reset that cache
+        if gpus := next((target.gpus for target in self._plan.targets if target.name == name), ""):
+            # By this order the numbers are those of nvidia-smi and of the monitor.
+            environment |= {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": gpus}
         return spawn([sys.executable, "-m", *command], log, environment)
 
     def _monitor(self) -> "str | list[str]":

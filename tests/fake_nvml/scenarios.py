@@ -135,10 +135,8 @@ def dear_processes() -> Figures:
     return {"memory": len(times["gpu0-memory"]), "processes": times["gpu0-processes"]}
 
 
-SCENARIOS = {
-    run.__name__: run
-    for run in (taken_away, fails_for_ever, unknown_error, mig, supported_later, throttled, overcount, changing, dear_processes)
-}
+ALL = (taken_away, fails_for_ever, unknown_error, mig, supported_later, throttled, overcount, changing, dear_processes)
+SCENARIOS = {run.__name__: run for run in ALL}
 
 if __name__ == "__main__":
     print(json.dumps(SCENARIOS[sys.argv[1]]()))

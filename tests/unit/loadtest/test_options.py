@@ -138,6 +138,7 @@ def test_every_bad_value_is_named() -> None:
             {"workload": "synthetic", "input_lengths": "empirical", "input_histogram": "x.csv", "input_mean": "5"},
             "input_mean: 5.0: is not read by input_lengths empirical",
         ),
+        ({"until_file": "x"}, "until_file: 'x': is not read without min_seconds, after which it is waited for"),
         ({"drain": "3"}, "drain: 3: is not read without requests, which it follows"),
         (
             {"workload": "synthetic", "output_lengths": "empirical"},

@@ -166,6 +166,21 @@ def test_a_time_that_is_over_before_the_requests_are_cuts_none_of_them_off(begin
     assert [record.phase for record in kept.records()] == ["warmup", *["measured"] * 5, "drain"]
 
 
+def test_measured_requests_go_on_until_a_file_is_there(begin: Begin, kept: Kept, tmp_path: Path) -> None:
+    Handler.seconds = 0.01
+    enough = tmp_path / "enough"
+    run = begin("vllm", requests=2, drain=1, min_seconds=0.001, until_file=str(enough))
+    performing = gevent.spawn(perform_all, run, "vllm")
+    wait_until(lambda: len(kept.batches) > 0)
+    assert not performing.ready()
+    enough.touch()
+    performing.get(timeout=10)
+    run.close()
+    phases = [record.phase for record in sorted(kept.records(), key=lambda record: record.index)]
+    assert phases == ["measured"] * (len(phases) - 1) + ["drain"]
+    assert len(phases) > 4
+
+
 def test_several_workers_cannot_agree_on_when_a_time_is_over(begin: Begin) -> None:
     part = replace(whole(["vllm"]), shares={"vllm": Share(0, 2)})
     with pytest.raises(ValueError, match="min_seconds: 5: needs one process for each server"):

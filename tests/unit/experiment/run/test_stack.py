@@ -387,3 +387,21 @@ def test_on_gpus_each_vllm_starts_when_all_before_it_have_their_memory(
     assert started == sorted(started)
     assert started[2] < min(up)
     assert max(up[:3]) < started[3] < up[3] < started[4] < up[4]
+
+
+def test_a_server_is_given_the_gpus_that_the_plan_says_by_the_numbers_of_the_monitor(
+    tmp_path: Path, sleeper: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: dict[str, dict[str, str]] = {}
+
+    def spawn(command: list[str], log: Path, environment: dict[str, str]) -> subprocess.Popen[bytes]:
+        given[log.stem] = {name: value for name, value in environment.items() if name.startswith("CUDA")}
+        return sleeper.process
+
+    targets = [{"name": "one", "kind": "hf", "gpus": "1"}, {"name": "all", "kind": "hf"}]
+    made = Stack(make_plan(targets=targets), tmp_path, lambda _: None)
+    monkeypatch.setattr(stack, "spawn", spawn)
+    monkeypatch.setattr(stack, "_is_up", lambda _: True)
+    made.start()
+    assert given["one"] == {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": "1"}
+    assert given["all"] == given["monitor"] == {}
