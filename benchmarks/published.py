@@ -1,15 +1,16 @@
 """`python -m benchmarks.published docs/results/h200`: the tables of that folder's page, from the data beside it.
 
-The folder has what `make gpu-proof` collected of the presets ladder and same-memory and of classic. What the
-PagedAttention paper (Kwon et al., SOSP'23), vLLM's launch post (2023-06-20) and the experiment that this project grew
-out of measured stands beside it.
+The folder has what `make gpu-proof` collected of some of its steps, by their names. What the PagedAttention paper (Kwon
+et al., SOSP'23), vLLM's launch post (2023-06-20) and the experiment that this project grew out of measured stands
+beside it.
 """
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from experiment.analysis.stats import ratio_of_pairs
@@ -39,10 +40,10 @@ def table(*head: str) -> Iterator[str]:
 
 
 def speed(summary: JSON) -> Iterator[str]:
-    """Throughput and latency of each target at each level."""
+    """Throughput and latency of each target at each level of a closed loop."""
     yield from table(
         "in flight",
-        "rung",
+        "server",
         "tokens/s",
         f"times {summary['baseline']}",
         "TTFT p50",
@@ -50,24 +51,137 @@ def speed(summary: JSON) -> Iterator[str]:
         "GPU busy",
         "steady for",
     )
+    for level, target, figures in each(summary):
+        ratio = level["ratios"].get(target, {}).get("output_throughput")
+        windows = [
+            (cell["window_ns"][1] - cell["window_ns"][0]) / 1e9
+            for cell in summary["cells"]
+            if (cell["target"], cell["level"]) == (target, level["level"])
+        ]
+        yield row(
+            level["level"],
+            target,
+            f"{figures['output_throughput_mean']:,.0f}",
+            times(ratio) if ratio else "",
+            f"{figures['ttft_seconds']['p50']:.3f} s",
+            f"{figures['tpot_seconds']['p50'] * 1e3:.1f} ms",
+            ", ".join(f"{gpu['utilization']['mean']:.0%}" for gpu in figures["gpus"].values() if "utilization" in gpu),
+            f"{min(windows):.1f} to {max(windows):.1f} s",
+        )
+
+
+def client(runs: Mapping[str, JSON]) -> Iterator[str]:
+    """How busy the load generator was in the worst cell of each run, and how busy the GPUs of vLLM at the last level."""
+    yield from table("run", "of a core at most", "loop lag p99 at most", "GPU busy under vLLM at the highest level")
+    for name, summary in runs.items():
+        (found,) = (gate["found"] for gate in summary["gates"] if gate["id"] == "client-fast")
+        most = {one["id"]: one.get("value") for one in found}
+        targets = summary["levels"][-1]["targets"]
+        busy = [
+            gpu["utilization"]["mean"]
+            for target, figures in targets.items()
+            for gpu in figures["gpus"].values()
+            if target.startswith("vllm") and "utilization" in gpu
+        ]
+        lag = most["at_most_loop_lag_p99_seconds"] * 1e3
+        yield row(name, f"{most['at_most_cpu_share']:.0%}", f"{lag:.1f} ms", ", ".join(f"{one:.0%}" for one in busy))
+
+
+def rates(summary: JSON) -> Iterator[str]:
+    """Normalized latency against the rate of arrivals, which is what the paper's Fig. 12 shows."""
+    yield from table("requests/s", "server", "normalized latency", "TTFT p50", "tokens/s", "in flight at most")
+    for level, target, figures in each(summary):
+        yield row(
+            f"{level['level']:g}",
+            target,
+            f"{figures['normalized_latency']['mean']:.3f} s/token",
+            f"{figures['ttft_seconds']['p50']:.3f} s",
+            f"{figures['output_throughput_mean']:,.0f}",
+            f"{figures['memory']['kv']['running']['max']:.0f}",
+        )
+
+
+def each(summary: JSON) -> Iterator[tuple[JSON, str, JSON]]:
+    """Each level with each target and its figures."""
     for level in summary["levels"]:
         for target, figures in level["targets"].items():
-            ratio = level["ratios"].get(target, {}).get("output_throughput")
-            windows = [
-                (cell["window_ns"][1] - cell["window_ns"][0]) / 1e9
-                for cell in summary["cells"]
-                if (cell["target"], cell["level"]) == (target, level["level"])
-            ]
-            yield row(
-                level["level"],
-                target,
-                f"{figures['output_throughput_mean']:,.0f}",
-                times(ratio) if ratio else "",
-                f"{figures['ttft_seconds']['p50']:.3f} s",
-                f"{figures['tpot_seconds']['p50'] * 1e3:.1f} ms",
-                ", ".join(f"{gpu['utilization']['mean']:.0%}" for gpu in figures["gpus"].values()),
-                f"{min(windows):.1f} to {max(windows):.1f} s",
-            )
+            yield level, target, figures
+
+
+def spread(summary: JSON) -> Iterator[str]:
+    """Each server on two GPUs held against itself on one, and what it holds on each."""
+    yield from table("in flight", "server", "times the tokens/s of one GPU", "holds on GPU 0", "on GPU 1")
+    for level, target, figures in each(summary):
+        if not target.endswith("-2-gpus"):
+            continue
+        one = level["targets"][target.replace("-2-gpus", "-1-gpu")]
+        held = [figures["memory"]["process"][f"GPU {gpu} held"]["mean"] / 1e9 for gpu in (0, 1)]
+        yield row(level["level"], target, over(one, figures), *(f"{size:.2f} GB" for size in held))
+
+
+def over(first: JSON, second: JSON) -> str:
+    """The throughput of the second over that of the first, repeat by repeat."""
+    pairs = zip(first["output_throughput"], second["output_throughput"], strict=True)
+    return times(asdict(ratio_of_pairs([theirs / ours for ours, theirs in pairs])))
+
+
+def interference(alone: JSON, together: JSON) -> Iterator[str]:
+    """Each server under load while the other is too, held against itself alone."""
+    yield from table("server", "tokens/s alone", "together", "together over alone")
+    for (_, target, one), (_, _, both) in zip(each(alone), each(together), strict=True):
+        means = (f"{figures['output_throughput_mean']:,.0f}" for figures in (one, both))
+        yield row(target, *means, over(one, both))
+    (share,) = (gate["found"][0]["share"] for gate in together["gates"] if gate["id"] == "together")
+    yield ""
+    yield f"In the worst cell both were under load for {share:.0%} of the time from its first request to its last answer."
+
+
+def sampling(monitor: JSON) -> Iterator[str]:
+    """What the monitor takes, beside a bare loop and nvidia-smi."""
+    yield from table("program", "asked", "samples/s", "of a core, for GPUs", "late p99", "scrape p99")
+    for one in monitor["monitor"]:
+        late, scrape = (f"{one[name]['p99'] * 1e3:.2f} ms" for name in ("lateness_seconds", "scrape_seconds"))
+        share = f"{one['gpu_sampling_cpu_share']:.2%}"
+        yield row("monitor", f"{one['hz']} Hz", f"{one['samples_per_second']:.0f}", share, late, scrape)
+    for key, name in (("bare_loop", "a loop that reads the memory alone"), ("nvidia_smi", "nvidia-smi")):
+        for one in monitor[key]:
+            yield row(name, f"{one['hz']} Hz", f"{one['samples_per_second']:.0f}", f"{one['cpu_share']:.2%}", "", "")
+    yield ""
+    for gpu, held in monitor["monitor"][-1]["memory"].items():
+        share = held["parts"]["unattributed"] / held["used"]
+        yield f"Of the {held['used'] / 1e9:.2f} GB in use on GPU {gpu}, {share:.2%} are of no server."
+
+
+def slowdown(measured: Sequence[JSON], what: str) -> Iterator[str]:
+    """Throughput of servers with and without something that watches them."""
+    yield from table("server", f"tokens/s without {what}", "with", "with over without")
+    for one in measured:
+        means = (f"{fmean(one['tokens_per_second'][name]):,.0f}" for name in ("without", "with"))
+        yield row(one["server"], *means, times(one))
+
+
+def agreement(first: Path, second: Path) -> Iterator[str]:
+    """The verdicts of the runs that two folders have both; raises OSError when a file is missing."""
+    yield from table("run", "in flight", "compared", "first", "second", "verdicts agree")
+    for name in sorted(path.parent.name for path in first.glob("*/summary.json")):
+        if not (second / name).exists():
+            continue
+        found = [verdicts(read(folder / name / "summary.json")) for folder in (first, second)]
+        for key, one in found[0].items():
+            if other := found[1].get(key):
+                same = "yes" if one["verdict"] == other["verdict"] else f"{one['verdict']}, {other['verdict']}"
+                yield row(name, *key, times(one), times(other), same)
+
+
+def verdicts(summary: JSON) -> dict[tuple[float, str], JSON]:
+    """The ratio of throughput of each comparison and of each step between rungs, by level and names."""
+    found = {
+        (level["level"], f"{target} over {summary['baseline']}"): ratios["output_throughput"]
+        for level in summary["levels"]
+        for target, ratios in level["ratios"].items()
+    }
+    steps = {(step["level"], f"{step['to']} over {step['from']}"): step["ratio"] for step in summary["ladder"]}
+    return found | steps
 
 
 def steps(ladder: JSON, same: JSON) -> Iterator[str]:
@@ -101,9 +215,8 @@ def claims(ladder: JSON, same: JSON, classic: JSON) -> Iterator[str]:
     yield row(
         "launch post: vLLM over Transformers", POST, f"{times(of_all)} of `sequential`, {high['level']} in flight"
     )
-    batch, vllm = (high["targets"][name]["output_throughput"] for name in ("batch", "vllm"))
-    of_batch = asdict(ratio_of_pairs([ours / theirs for theirs, ours in zip(batch, vllm, strict=True)]))
-    yield row("", "", f"{times(of_batch)} of `batch`, {high['level']} in flight")
+    of_batch = over(high["targets"]["batch"], high["targets"]["vllm"])
+    yield row("", "", f"{of_batch} of `batch`, {high['level']} in flight")
     last = same["levels"][-1]
     ratio = last["ratios"]["vllm"]["output_throughput"]
     yield row("", "", f"{times(ratio)} of `batch` in the same bytes, {last['level']} in flight")
@@ -118,24 +231,45 @@ def claims(ladder: JSON, same: JSON, classic: JSON) -> Iterator[str]:
 
 
 def page(folder: Path) -> str:
-    """All tables; raises OSError when a file is missing."""
-    ladder, same = (json.loads((folder / name / "summary.json").read_text()) for name in ("ladder", "same-memory"))
-    classic = json.loads((folder / "classic.json").read_text())
+    """The tables of all that a folder has; raises OSError when a file cannot be read."""
+    runs = {path.parent.name: read(path) for path in sorted(folder.glob("*/summary.json"))}
+    files = {path.stem: read(path) for path in folder.glob("*.json")}
     parts = {
-        "Speed: ladder": speed(ladder),
-        "Speed: same-memory": speed(same),
-        "What each rung adds": steps(ladder, same),
-        "KV cache: same-memory beside the paper": cache(same),
-        "Beside other claims": claims(ladder, same, classic),
+        f"{'Latency' if name == 'paper' else 'Speed'}: {name}": (rates if name == "paper" else speed)(summary)
+        for name, summary in runs.items()
     }
+    parts["Whether the load generator was fast enough"] = client(runs)
+    if {"ladder", "same-memory"} <= {*runs}:
+        ladder, same = runs["ladder"], runs["same-memory"]
+        parts["What each rung adds"] = steps(ladder, same)
+        parts["KV cache: same-memory beside the paper"] = cache(same)
+        parts["Beside other claims"] = claims(ladder, same, files["classic"])
+    if "two-gpus" in runs:
+        parts["One server on two GPUs"] = spread(runs["two-gpus"])
+    if {"own-gpus-alone", "own-gpus-together"} <= {*runs}:
+        parts["Two servers, each on a GPU of its own"] = interference(runs["own-gpus-alone"], runs["own-gpus-together"])
+    if "monitor" in files:
+        parts["What the monitor takes"] = sampling(files["monitor"])
+        at = f"the monitor at {files['monitor']['slowdown'][0]['hz']} Hz"
+        parts["Servers beside the monitor"] = slowdown(files["monitor"]["slowdown"], at)
+    if "kv-sampling" in files:
+        parts["Servers whose KV cache is sampled"] = slowdown(files["kv-sampling"]["results"], "sampling")
     return "\n".join("\n".join((f"### {title}", *lines, "")) for title, lines in parts.items())
+
+
+def read(path: Path) -> JSON:
+    """What a file holds."""
+    found: JSON = json.loads(path.read_text())
+    return found
 
 
 def main() -> int:
     """Print the tables."""
     parser = argparse.ArgumentParser(prog="benchmarks.published", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("folder", type=Path, help="folder with the data")
-    print(page(parser.parse_args().folder), end="")
+    parser.add_argument("--against", type=Path, help="folder of another run, whose verdicts are held against these")
+    given = parser.parse_args()
+    print("\n".join(agreement(given.folder, given.against)) if given.against else page(given.folder))
     return 0
 
 
