@@ -110,9 +110,12 @@ def _target_summary(figures: Figures, cells: Sequence[CellResult]) -> JSON:
         else:
             summary[metric] = asdict(distribution) if distribution else None
     windows = [window for cell in cells if (window := figures.steady[cell.index].window)]
+    target, memory = cells[0].target, figures.results.memory
+    held_on = memory.gpus(target, windows)
     return summary | {
-        "memory": figures.results.memory.figures(cells[0].target, windows),
-        "gpus": activity(figures.results.timeline, windows),
+        "memory": memory.figures(target, windows),
+        "held_on": held_on,
+        "gpus": activity(figures.results.timeline, windows, held_on),
     }
 
 

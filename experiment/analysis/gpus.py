@@ -1,6 +1,6 @@
 """How busy the GPUs were inside some windows of time, by NVML: it shows whether a server had enough to do."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,24 +10,28 @@ import pyarrow.compute as pc
 from experiment.analysis.memory import Window, inside
 
 JSON = dict[str, Any]
+# The driver's own averages of both are over up to so long, so what a sample says of is as old.
+AVERAGED_NS = 1_000_000_000
 _METRICS = {"gpu_utilization_ratio": "utilization", "gpu_power_watts": "power_watts"}
 
 
-def activity(timeline: pa.Table | None, windows: Sequence[Window]) -> JSON:
+def activity(timeline: pa.Table | None, windows: Sequence[Window], only: Collection[str] = ()) -> JSON:
     """Mean and maximum of each GPU's utilization (0 to 1) and power (watts), by GPU; without samples it is left out.
 
-    Utilization is the share of the driver's last averaging time, 1/6 s to 1 s, in which some kernel ran. It is that of
-    all processes on the GPU.
+    `only` names the GPUs that are asked for; all are without a name. Utilization is the share of the driver's last
+    averaging time, 1/6 s to 1 s, in which some kernel ran. It is that of all processes on the GPU. Samples of the first
+    second of a window tell of the time before it too, and are left out.
     """
     found: JSON = {}
     if timeline is None:
         return found
+    settled = [(start_ns + AVERAGED_NS, end_ns) for start_ns, end_ns in windows]
     for metric, name in _METRICS.items():
         rows = timeline.filter(pc.equal(timeline["metric"], metric))
         gpus = rows["gpu"].to_numpy()
-        chosen = inside(rows["time_ns"].to_numpy(), windows)
+        chosen = inside(rows["time_ns"].to_numpy(), settled)
         values = rows["value"].to_numpy()
-        for gpu in sorted(set(gpus[chosen])):
+        for gpu in sorted(gpu for gpu in set(gpus[chosen]) if not only or gpu in only):
             own = values[chosen & (gpus == gpu)]
             found.setdefault(gpu, {})[name] = {"mean": float(np.mean(own)), "max": float(np.max(own))}
     return found

@@ -56,16 +56,17 @@ class Memory:
         """
         found: JSON = {}
         for one in self.series:
-            chosen = inside(one.time_ns, windows)
-            if one.owner in (target, "") and chosen.any():
+            if one.owner in (target, "") and (figures := over_time(one, windows)):
                 name = f"GPU {one.gpu} {one.name}" if one.gpu else one.name
-                found.setdefault(one.layer, {})[name] = {
-                    "mean": float(np.average(one.values[chosen], weights=lasting(one.time_ns)[chosen])),
-                    "max": float(one.values[chosen].max()),
-                }
+                found.setdefault(one.layer, {})[name] = figures
         if target in self.caches and (kv := cache_figures(self.caches[target], windows)):
             found["kv"] = kv
         return found
+
+    def gpus(self, target: str, windows: Sequence[Window]) -> list[str]:
+        """The GPUs on which a server's processes held memory in some windows; none where the monitor cannot tell."""
+        own = (one for one in self.series if (one.layer, one.owner) == ("process", target))
+        return [one.gpu for one in own if (held := over_time(one, windows)) and held["max"] > 0]
 
 
 def gather(
@@ -162,13 +163,22 @@ def _series(timeline: pa.Table, metric: str, layer: Layer, name: str) -> Iterato
         yield Series(layer, owner["server"], owner["gpu"], name, own["time_ns"].to_numpy(), own["value"].to_numpy())
 
 
-def lasting(time_ns: Moments) -> Floats:
-    """How long each sample holds, until the next or a gap: some series are sampled more often while they change."""
-    if len(time_ns) < 2:
-        return np.ones(len(time_ns))
-    each_ns = np.minimum(np.diff(time_ns), GAP_NS).astype(np.float64)
-    held: Floats = np.maximum(np.append(each_ns, np.median(each_ns)), 1.0)
-    return held
+def over_time(series: Series, windows: Sequence[Window]) -> JSON | None:
+    """Mean over time and maximum of a series inside some windows; None where nothing was sampled.
+
+    A sample holds until the next or a gap, so that the first of a window is the last one before it: some series are
+    sampled more often while they change.
+    """
+    begin_ns = series.time_ns
+    end_ns = np.minimum(np.append(begin_ns[1:], begin_ns[-1:] + GAP_NS), begin_ns + GAP_NS)
+    held_ns = np.zeros(len(begin_ns))
+    for first_ns, last_ns in windows:
+        held_ns += np.maximum(0, np.minimum(end_ns, last_ns) - np.maximum(begin_ns, first_ns))
+    chosen = held_ns > 0
+    if not chosen.any():
+        return None
+    values = series.values[chosen]
+    return {"mean": float(np.average(values, weights=held_ns[chosen])), "max": float(values.max())}
 
 
 def runs(time_ns: Moments, gap_ns: int = GAP_NS) -> Moments:

@@ -3,6 +3,7 @@
 import pyarrow as pa
 
 from experiment.analysis.gpus import activity
+from tests.unit.experiment.folders import SECOND
 
 ROWS = [
     (1, "gpu_utilization_ratio", "0", 0.0),
@@ -17,19 +18,32 @@ ROWS = [
 
 
 def timeline() -> pa.Table:
-    times, metrics, gpus, values = zip(*ROWS, strict=True)
+    seconds, metrics, gpus, values = zip(*ROWS, strict=True)
+    times = [second * SECOND for second in seconds]
     columns = {"time_ns": times, "metric": pa.array(metrics).dictionary_encode(), "gpu": gpus, "value": values}
     return pa.table(columns)
 
 
 def test_utilization_and_power_are_by_gpu_and_of_the_windows_alone() -> None:
-    assert activity(timeline(), [(2, 4)]) == {
+    assert activity(timeline(), [(1 * SECOND, 4 * SECOND)]) == {
         "0": {"utilization": {"mean": 0.75, "max": 1.0}, "power_watts": {"mean": 700.0, "max": 700.0}},
         "1": {"utilization": {"mean": 0.25, "max": 0.25}},
     }
-    assert activity(timeline(), [(1, 2), (9, 10)])["0"] == {"utilization": {"mean": 0.05, "max": 0.1}}
+    both = [(0, 2 * SECOND), (8 * SECOND, 10 * SECOND)]
+    assert activity(timeline(), both)["0"] == {"utilization": {"mean": 0.05, "max": 0.1}}
+
+
+def test_samples_of_the_first_second_of_a_window_tell_of_the_time_before_it_and_are_left_out() -> None:
+    assert activity(timeline(), [(SECOND + 1, 4 * SECOND)])["0"]["utilization"]["mean"] == 1.0
+    assert activity(timeline(), [(SECOND, 2 * SECOND)]) == activity(timeline(), [(3 * SECOND, 3 * SECOND + 1)]) == {}
+
+
+def test_of_the_gpus_only_those_that_are_asked_for_are_told() -> None:
+    window = [(SECOND, 4 * SECOND)]
+    assert activity(timeline(), window, ["1"]).keys() == {"1"}
+    assert activity(timeline(), window, ["2"]) == {}
 
 
 def test_without_a_monitor_or_a_sample_there_is_nothing() -> None:
-    assert activity(None, [(2, 4)]) == {}
+    assert activity(None, [(SECOND, 4 * SECOND)]) == {}
     assert activity(timeline(), []) == {}

@@ -243,6 +243,28 @@ def test_a_share_is_one_figure_where_its_bounds_are_the_same(ends: tuple[float, 
 
 
 @pytest.mark.usefixtures("no_charts")
+def test_each_server_has_the_gpus_on_which_it_held_memory(tmp_path: Path) -> None:
+    folder = make_small(tmp_path)
+    change_json(folder / "environment.json", gpus=[{"name": "A", "memory_bytes": 2**34, "driver": "1"}] * 2)
+    gpus = {"0": "hf", "1": "vllm"}
+    series = {Series("gpu_process_memory_bytes", server=server, gpu=gpu): [2.0**30] * 6 for gpu, server in gpus.items()}
+    series |= {Series("gpu_utilization_ratio", gpu=gpu): [0.25 + int(gpu) / 2] * 6 for gpu in gpus}
+    series |= {Series("gpu_power_watts", gpu=gpu): [100.0 + int(gpu)] * 6 for gpu in gpus}
+    pieces = []
+    for cell in load(folder).cells:
+        at = timeline(series)
+        pieces.append(at.set_column(0, "time_ns", pa.array([ns + cell.start_ns for ns in at["time_ns"].to_pylist()])))
+    write_timeline(folder / "timeline" / "1.arrow", pa.concat_tables(pieces))
+    text = page(folder)
+    busy = text[text.index("busy time and power") :].split("</tr>")[0]
+    assert re.findall(r'<td class="n">(.*?)</td>', busy) == [
+        "GPU&nbsp;0: 25.0%, 100&nbsp;W",
+        "GPU&nbsp;1: 75.0%, 101&nbsp;W",
+    ]
+    assert "the first second of each steady window is left out" in text
+
+
+@pytest.mark.usefixtures("no_charts")
 def test_html_in_a_reason_is_shown_and_not_run(tmp_path: Path) -> None:
     folder = make_small(tmp_path, state="partial")
     change_json(folder / "status.json", reason="<script>alert('x')</script>")
