@@ -153,6 +153,19 @@ def test_every_layer_has_a_panel_and_the_cells_are_marked(tmp_path: Path) -> Non
     assert all(color in chart for color in look.COLORS[:2])
 
 
+def test_what_is_on_several_gpus_has_a_panel_for_each_with_its_own_legend(tmp_path: Path) -> None:
+    folder = make_small(tmp_path)
+    held = {("hf", "0"), ("hf", "1"), ("vllm", "1")}
+    series = {Series("gpu_memory_used_bytes", gpu=gpu): [2.0**34] * 9 for gpu in ("0", "1")}
+    series |= {Series("gpu_process_memory_bytes", server=server, gpu=gpu): [2.0**33] * 9 for server, gpu in held}
+    write_timeline(folder / "timeline" / "1.arrow", timeline(series, step_ns=500 * 10**9))
+    chart = layer_chart(folder)
+    assert re.findall(r">((?:Device|Process): [^<]*|HF|vLLM|used)<", chart) == [
+        *["used", "Device: GPU 0 memory in use (NVML)", "used", "Device: GPU 1 memory in use (NVML)"],
+        *["HF", "Process: GPU 0 memory by server (NVML)", "HF", "vLLM", "Process: GPU 1 memory by server (NVML)"],
+    ]
+
+
 def drawn(time_ns: list[int], *columns: list[float]) -> list[tuple[float, int, list[float]]]:
     """Second, run and values of what is drawn in the first 100 seconds."""
     arrays = [np.array(values, dtype=np.float64) for values in columns]
