@@ -20,6 +20,8 @@ from experiment.run.kv import REASONS
 MAX_POINTS = 800
 # Nothing is sampled more seldom than once a second: after a longer silence it is not known what was there.
 GAP_NS = 3_000_000_000
+# Whose memory is that of a GPU's processes that are no server's, and of those that the driver does not tell apart.
+UNATTRIBUTED = "unattributed"
 Layer = Literal["device", "process", "host", "allocator"]
 Window = tuple[int, int]
 JSON = dict[str, Any]
@@ -52,12 +54,14 @@ class Memory:
     def figures(self, target: str, windows: Sequence[Window]) -> JSON:
         """Mean and maximum of each layer for a server in some windows of time; layers without a sample are left out.
 
-        The device is that of all servers. Values are bytes, or tokens or blocks where `kv.unit` says so.
+        The device is that of all servers; `unattributed` is what the monitor knows of no server for. Values are bytes,
+        or tokens or blocks where `kv.unit` says so.
         """
         found: JSON = {}
         for one in self.series:
-            if one.owner in (target, "") and (figures := over_time(one, windows)):
-                name = f"GPU {one.gpu} {one.name}" if one.gpu else one.name
+            if one.owner in (target, UNATTRIBUTED, "") and (figures := over_time(one, windows)):
+                what = UNATTRIBUTED if one.owner == UNATTRIBUTED else one.name
+                name = f"GPU {one.gpu} {what}" if one.gpu else what
                 found.setdefault(one.layer, {})[name] = figures
         if target in self.caches and (kv := cache_figures(self.caches[target], windows)):
             found["kv"] = kv
@@ -146,7 +150,7 @@ def _of_monitor(timeline: pa.Table, targets: Collection[str]) -> Iterator[Series
         yield from _series(timeline, metric, "device", name)
     for layer, metric in _SERVERS.items():
         for one in _series(timeline, metric, layer, "held"):
-            if one.owner in (*targets, "unattributed"):
+            if one.owner in (*targets, UNATTRIBUTED):
                 yield one
 
 

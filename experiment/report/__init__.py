@@ -1,7 +1,7 @@
 """The report of a run: one HTML page in two languages, charts as files, tables and figures. It computes nothing."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jinja2
@@ -81,7 +81,7 @@ def page(results: Results, summary: JSON, drawn: Drawn) -> str:
     environment.filters.update(filters())
     told = (findings.rule, findings.found, findings.search_end, findings.adds)
     environment.globals.update({function.__name__: function for function in told})
-    known = _known(summary)
+    known, shown = _known(summary), list(_sampled(summary))
     frames = {language: frame_of(summary, language) for language in LANGUAGES}
     return environment.get_template("page.html.j2").render(
         languages=LANGUAGES,
@@ -102,7 +102,8 @@ def page(results: Results, summary: JSON, drawn: Drawn) -> str:
         sections=_sections(summary),
         sketch=sketch(),
         reasons=REASONS,
-        columns=_columns(summary),
+        columns=list(dict.fromkeys((layer, name) for layer, _, name in shown)),
+        gpus=list(dict.fromkeys(gpu for _, gpu, _ in shown if gpu)),
         sources=_sources(summary),
         no_allocator=_no_allocator(summary),
         sampled=results.timeline is not None or bool(results.memory.caches),
@@ -121,11 +122,12 @@ def _sections(summary: JSON) -> list[str]:
     return ["latency", "tradeoff", *found, "memory", "paging", "kv", "figures", "gates", "cells", "repeat"]
 
 
-def _columns(summary: JSON) -> list[tuple[str, str]]:
-    """The layers of memory that were sampled, but for the KV cache, and what was sampled in each."""
+def _sampled(summary: JSON) -> Iterator[tuple[str, str, str]]:
+    """What was sampled of memory, but for the KV cache: the layer, the GPU or "", and what was sampled in it."""
     kept = [figures["memory"] for level in summary["levels"] for figures in level["targets"].values()]
-    order = ("device", "process", "host", "allocator")
-    return list(dict.fromkeys((layer, name) for layer in order for memory in kept for name in memory.get(layer, {})))
+    for layer, of_gpu in (("device", True), ("process", True), ("host", False), ("allocator", False)):
+        for name in dict.fromkeys(name for memory in kept for name in memory.get(layer, {})):
+            yield (layer, *name.split(" ", 2)[1:]) if of_gpu else (layer, "", name)
 
 
 def _limited(frame: Frame, summary: JSON) -> dict[str, list[str]]:

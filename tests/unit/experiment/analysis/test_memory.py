@@ -229,6 +229,14 @@ def test_what_is_never_more_than_another_has_no_larger_mean_however_seldom_it_is
         assert part["mean"] <= whole["mean"] * (1 + 1e-9)
 
 
+def test_what_the_monitor_knows_no_server_for_is_in_the_figures_of_each_gpu() -> None:
+    rows = [series_of([0, 1], [5, 5]), series_of([0, 1], [2, 4], owner="unattributed", gpu="1")]
+    assert Memory(rows, {}).figures("hf", seconds((0, 2)))["process"] == {
+        "GPU 0 held": {"mean": 5, "max": 5},
+        "GPU 1 unattributed": {"mean": 3, "max": 4},
+    }
+
+
 def test_a_server_is_on_the_gpus_where_its_processes_held_memory_in_the_windows() -> None:
     rows = [
         series_of([0, 1], [5, 5], gpu="0"),

@@ -255,6 +255,42 @@ def test_a_share_is_one_figure_where_its_bounds_are_the_same(ends: tuple[float, 
     assert formats.share(ends, Words("en")) == text
 
 
+def rows_of_layers(text: str) -> list[list[str]]:
+    """The cells of each row of the table of layers, its head first."""
+    table = text[text.rindex("The other layers at that load</h2>") :].split("</table>")[0]
+    return [
+        [re.sub(r"<[^>]*>", " ", cell).strip() for cell in re.findall(r"<t[dh].*?>(.*?)</t[dh]>", row, re.DOTALL)]
+        for row in re.findall(r"<tr.*?</tr>", table, re.DOTALL)
+    ]
+
+
+@pytest.mark.usefixtures("no_charts")
+def test_the_table_of_layers_has_a_row_for_each_gpu_with_what_is_of_no_server(tmp_path: Path) -> None:
+    folder = make_small(tmp_path)
+    held = {("hf", "0"): 1, ("unattributed", "0"): 2, ("unattributed", "1"): 3}
+    series = {Series("gpu_memory_used_bytes", gpu=gpu): [2.0**34] for gpu in ("0", "1")}
+    series |= {
+        Series("gpu_process_memory_bytes", server=server, gpu=gpu): [size * 2.0**30]
+        for (server, gpu), size in held.items()
+    }
+    series[Series("host_pss_bytes", server="hf")] = [2.0**30]
+    cells = [cell for cell in load(folder).cells if cell.target == "hf"]
+    pieces = [timeline(series).set_column(0, "time_ns", pa.array([cells[0].start_ns + 10**9] * 6))]
+    write_timeline(folder / "timeline" / "1.arrow", pa.concat_tables(pieces))
+    head, first, second = rows_of_layers(page(folder))[:3]
+    assert head[2:] == ["GPU", "device: used", "process: held", "process: unattributed", "host, PSS"]
+    assert [cell.split("  ")[0] for cell in first] == [
+        "1 in flight",
+        "HF",
+        "0",
+        "16.0 GiB",
+        "1.0 GiB",
+        "2.0 GiB",
+        "1.0 GiB",
+    ]
+    assert [cell.split("  ")[0] for cell in second] == ["", "", "1", "16.0 GiB", "-", "3.0 GiB", ""]
+
+
 @pytest.mark.usefixtures("no_charts")
 def test_each_server_has_the_gpus_on_which_it_held_memory(tmp_path: Path) -> None:
     folder = make_small(tmp_path)
