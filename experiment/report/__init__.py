@@ -104,7 +104,8 @@ def page(results: Results, summary: JSON, drawn: Drawn) -> str:
         reasons=REASONS,
         columns=list(dict.fromkeys((layer, name) for layer, _, name in shown)),
         gpus=list(dict.fromkeys(gpu for _, gpu, _ in shown if gpu)),
-        sources=_sources(summary),
+        sources=_sources(summary, results.plan),
+        no_bytes=_no_bytes(summary),
         no_allocator=_no_allocator(summary),
         sampled=results.timeline is not None or bool(results.memory.caches),
     )
@@ -136,18 +137,25 @@ def _limited(frame: Frame, summary: JSON) -> dict[str, list[str]]:
     return {limit: own for limit in ("load", "other") if (own := [name for name in found if found[name] == limit])}
 
 
-def _sources(summary: JSON) -> dict[tuple[str, int | None], list[str]]:
+def _sources(summary: JSON, plan: JSON) -> dict[tuple[str, int | None], list[str]]:
     """The servers whose live tokens come from the same source, by it and the size of a block.
 
-    `tokens` are those of which the bytes of a token are not known.
+    `tokens` are those of which the bytes of a token are not known, `tokens_at_url` those that ran already.
     """
+    at_url = {target["name"] for target in plan["targets"] if target.get("url")}
     found: dict[tuple[str, int | None], list[str]] = {}
     kept = {t: kv for level in summary["levels"] for t, f in level["targets"].items() if (kv := f["memory"].get("kv"))}
     for target, kv in kept.items():
         found.setdefault((kv["live_source"], kv["block_size"]), []).append(target)
-    if unknown := [target for target, kv in kept.items() if kv["unit"] == "tokens"]:
-        found["tokens", None] = unknown
+    for target in (target for target, kv in kept.items() if kv["unit"] == "tokens"):
+        found.setdefault(("tokens_at_url" if target in at_url else "tokens", None), []).append(target)
     return found
+
+
+def _no_bytes(summary: JSON) -> list[str]:
+    """The servers whose KV cache is known in tokens or blocks alone, so that a chart of bytes leaves them out."""
+    kept = [(t, f["memory"].get("kv")) for level in summary["levels"] for t, f in level["targets"].items()]
+    return list(dict.fromkeys(target for target, kv in kept if kv and kv["unit"] != "bytes"))
 
 
 def _no_allocator(summary: JSON) -> list[str]:

@@ -227,7 +227,7 @@ def amount(words: Words, value: float, unit: str) -> str:
     """Bytes in the largest unit of which there is at least one, or a count of tokens or blocks."""
     if unit != "bytes":
         return f"{value:,.0f} {words.named('unit', unit)}"
-    scale, name = unit_of(max(value, 2**10))
+    scale, name = unit_of(max(abs(value), 2**10))
     return f"{value / scale:,.1f} {name}"
 
 

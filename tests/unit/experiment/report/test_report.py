@@ -75,6 +75,7 @@ def test_a_page_of_servers_under_load_together_says_so_and_marks_their_cells_as_
         change_json(path, start_ns=1000 * 10**9, end_ns=1040 * 10**9)
     text = page(folder)
     assert "Together: all servers were under load at the same time" in text
+    assert "so they shared what they run on" in text
     assert "Grey bands mark the cells" in text
     (band,) = layers._groups(analyse(load(folder))["cells"])
     assert (band["target"], band["start_ns"], band["end_ns"]) == ("", 1000 * 10**9, 1040 * 10**9)
@@ -101,7 +102,7 @@ def test_the_table_of_kv_caches_shows_live_and_waste_and_where_live_comes_from(t
     assert 0 <= low <= 9 / 0.16 <= high <= 11 / 0.16
     assert vllm[5:8] == ["-", "-", "-"]
     assert "the server counts its live tokens itself" in text
-    assert "does not export its live tokens: they are between two bounds" in text
+    assert "vLLM: live tokens are not exported; they are between two bounds" in text
     assert "A block holds 16 tokens" in text
 
 
@@ -116,7 +117,29 @@ def test_what_is_not_known_of_a_cache_is_said(tmp_path: Path) -> None:
     assert row(text, "HF")[2:4] == ["100 tokens", "10 tokens  peak 10 tokens"]
     assert row(text, "vLLM")[2:9] == ["100 blocks", "7 blocks  peak 7 blocks", "-", "-", "-", "-", "-"]
     assert "how many tokens are live in them is not known" in text
-    assert "in tokens, because the bytes of one are not known" in text
+    assert "HF: in tokens, because the bytes of one are not known: the model" in text
+
+
+@pytest.mark.usefixtures("no_charts")
+def test_of_a_server_that_ran_already_the_true_reason_is_told_why_its_cache_is_in_tokens(tmp_path: Path) -> None:
+    folder = make_small(tmp_path)
+    plan = json.loads((folder / "plan.json").read_text())
+    plan["targets"][1]["url"] = "http://127.0.0.1:8001"
+    change_json(folder / "plan.json", targets=plan["targets"])
+    sent = {cell.target: (cell.start_ns + cell.end_ns) // 2 for cell in load(folder).cells}
+    write_timeline(folder / "kv" / "vllm.arrow", kv_table(paged_row(sent["vllm"], bytes_per_token=None)))
+    text = page(folder)
+    assert "vLLM: in tokens, because the bytes of one are not known: that a server which ran already" in text
+    assert "configuration could not be read" not in text
+
+
+def test_a_server_that_the_chart_of_kv_bytes_leaves_out_is_named_in_its_note(tmp_path: Path) -> None:
+    folder = make_small(tmp_path)
+    write_kv(folder)
+    assert "Not drawn:" not in page(folder)
+    sent = {cell.target: (cell.start_ns + cell.end_ns) // 2 for cell in load(folder).cells}
+    write_timeline(folder / "kv" / "vllm.arrow", kv_table(paged_row(sent["vllm"], bytes_per_token=None)))
+    assert "Not drawn: vLLM. The bytes of what it holds are not known" in page(folder)
 
 
 @pytest.mark.usefixtures("no_charts")
