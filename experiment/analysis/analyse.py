@@ -7,8 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from experiment.analysis import gates, ladder, stats, steady
-from experiment.analysis.gpus import activity
+from experiment.analysis import activity, gates, ladder, stats, steady
 from experiment.analysis.memory import cache_figures
 from experiment.analysis.results import JSON, CellResult, Results, pairs, targets
 from experiment.analysis.saturation import Search
@@ -115,7 +114,8 @@ def _target_summary(figures: Figures, cells: Sequence[CellResult]) -> JSON:
     return summary | {
         "memory": memory.figures(target, windows),
         "held_on": held_on,
-        "gpus": activity(figures.results.timeline, windows, held_on),
+        "gpus": activity.gpus(figures.results.timeline, windows, held_on),
+        "cores": activity.cores(figures.results.timeline, target, windows),
     }
 
 

@@ -315,13 +315,14 @@ def test_the_table_of_layers_has_a_row_for_each_gpu_with_what_is_of_no_server(tm
 
 
 @pytest.mark.usefixtures("no_charts")
-def test_each_server_has_the_gpus_on_which_it_held_memory(tmp_path: Path) -> None:
+def test_each_server_has_the_gpus_on_which_it_held_memory_and_the_cores_that_it_used(tmp_path: Path) -> None:
     folder = make_small(tmp_path)
     change_json(folder / "environment.json", gpus=[{"name": "A", "memory_bytes": 2**34, "driver": "1"}] * 2)
     gpus = {"0": "hf", "1": "vllm"}
     series = {Series("gpu_process_memory_bytes", server=server, gpu=gpu): [2.0**30] * 6 for gpu, server in gpus.items()}
     series |= {Series("gpu_utilization_ratio", gpu=gpu): [0.25 + int(gpu) / 2] * 6 for gpu in gpus}
     series |= {Series("gpu_power_watts", gpu=gpu): [100.0 + int(gpu)] * 6 for gpu in gpus}
+    series[Series("host_cpu_seconds_total", server="hf")] = [1.05 * second for second in range(6)]
     pieces = []
     for cell in load(folder).cells:
         at = timeline(series)
@@ -334,6 +335,8 @@ def test_each_server_has_the_gpus_on_which_it_held_memory(tmp_path: Path) -> Non
         "GPU&nbsp;1: 75.0%, 101&nbsp;W",
     ]
     assert "the first second of each steady window is left out" in text
+    used = text[text.index("processor cores that its processes used") :].split("</tr>")[0]
+    assert re.findall(r'<td class="n">(.*?)</td>', used) == ["1.05", "-"]
 
 
 @pytest.mark.usefixtures("no_charts")
