@@ -139,7 +139,7 @@ def test_a_server_that_the_chart_of_kv_bytes_leaves_out_is_named_in_its_note(tmp
     assert "Not drawn:" not in page(folder)
     sent = {cell.target: (cell.start_ns + cell.end_ns) // 2 for cell in load(folder).cells}
     write_timeline(folder / "kv" / "vllm.arrow", kv_table(paged_row(sent["vllm"], bytes_per_token=None)))
-    assert "Not drawn: vLLM. The bytes of what it holds are not known" in page(folder)
+    assert "Not drawn: vLLM, whose bytes are not known" in page(folder)
 
 
 @pytest.mark.usefixtures("no_charts")
@@ -337,6 +337,18 @@ def test_each_server_has_the_gpus_on_which_it_held_memory_and_the_cores_that_it_
     assert "the first second of each steady window is left out" in text
     used = text[text.index("processor cores that its processes used") :].split("</tr>")[0]
     assert re.findall(r'<td class="n">(.*?)</td>', used) == ["1.05", "-"]
+
+
+@pytest.mark.usefixtures("no_charts")
+def test_equal_gpus_are_counted_and_the_variables_of_a_run_are_told(tmp_path: Path) -> None:
+    folder = make_small(tmp_path)
+    gpu = {"name": "NVIDIA H200", "memory_bytes": 2**34, "driver": "1"}
+    variables = {"VLLM_ALLREDUCE_USE_FLASHINFER": "0", "VLLM_NO_USAGE_STATS": "<1>"}
+    change_json(folder / "environment.json", gpus=[gpu, gpu, gpu | {"name": "other"}], variables=variables)
+    text = page(folder)
+    assert "2 cores, 2 x NVIDIA H200, other." in text
+    assert "2 x NVIDIA H200 16.0 GiB, driver 1, other 16.0 GiB, driver 1." in text
+    assert "VLLM_ALLREDUCE_USE_FLASHINFER=0, VLLM_NO_USAGE_STATS=&lt;1&gt;." in text
 
 
 @pytest.mark.usefixtures("no_charts")
