@@ -71,7 +71,7 @@ def speed(summary: JSON) -> Iterator[str]:
 
 
 def client(runs: Mapping[str, JSON]) -> Iterator[str]:
-    """How busy the load generator was in the worst cell of each run, and how busy the GPUs of vLLM at the last level."""
+    """How busy the load generator was in the worst cell of each run, and vLLM's GPUs at the last level."""
     yield from table("run", "of a core at most", "loop lag p99 at most", "GPU busy under vLLM at the highest level")
     for name, summary in runs.items():
         (found,) = (gate["found"] for gate in summary["gates"] if gate["id"] == "client-fast")
@@ -133,7 +133,7 @@ def interference(alone: JSON, together: JSON) -> Iterator[str]:
         yield row(target, *means, over(one, both))
     (share,) = (gate["found"][0]["share"] for gate in together["gates"] if gate["id"] == "together")
     yield ""
-    yield f"In the worst cell both were under load for {share:.0%} of the time from its first request to its last answer."
+    yield f"In the worst cell both were under load for {share:.0%} of the time from its first to its last answer."
 
 
 def sampling(monitor: JSON) -> Iterator[str]:

@@ -7,8 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from experiment.analysis import gates, ladder, stats, steady
-from experiment.analysis.gpus import activity
+from experiment.analysis import activity, gates, ladder, stats, steady
 from experiment.analysis.memory import cache_figures
 from experiment.analysis.results import JSON, CellResult, Results, pairs, targets
 from experiment.analysis.saturation import Search
@@ -110,9 +109,13 @@ def _target_summary(figures: Figures, cells: Sequence[CellResult]) -> JSON:
         else:
             summary[metric] = asdict(distribution) if distribution else None
     windows = [window for cell in cells if (window := figures.steady[cell.index].window)]
+    target, memory = cells[0].target, figures.results.memory
+    held_on = memory.gpus(target, windows)
     return summary | {
-        "memory": figures.results.memory.figures(cells[0].target, windows),
-        "gpus": activity(figures.results.timeline, windows),
+        "memory": memory.figures(target, windows),
+        "held_on": held_on,
+        "gpus": activity.gpus(figures.results.timeline, windows, held_on),
+        "cores": activity.cores(figures.results.timeline, target, windows),
     }
 
 

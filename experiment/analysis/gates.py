@@ -41,7 +41,7 @@ def judge(results: Results, measured: Mapping[int, Steady]) -> Iterator[JSON]:
     yield _nothing_drifted(results.plan, measured, list(whole.values()))
     yield _client_came_to_its_end(cells)
     # The load generator stands still while it is stopped.
-    yield _client_was_fast_enough([cell for cell in results.cells if not cell.stopped_early])
+    yield _client_was_fast_enough(results.plan, [cell for cell in results.cells if not cell.stopped_early])
 
 
 def _all_were_run(plan: JSON, whole: Collection[tuple[float, int, str]]) -> JSON:
@@ -154,8 +154,8 @@ def _client_came_to_its_end(cells: Sequence[CellResult]) -> JSON:
     return _gate("client-complete", against=against, otherwise=[_finding("all_cells", count=len(cells))])
 
 
-def _client_was_fast_enough(cells: Sequence[CellResult]) -> JSON:
-    """What the load generator says of itself; its limits are its own."""
+def _client_was_fast_enough(plan: JSON, cells: Sequence[CellResult]) -> JSON:
+    """What the load generator says of itself; its limits are its own. A closed loop has no schedule to be late on."""
     judged = [(cell.index, cell.client) for cell in cells if cell.client]
     against = _silent(cells)
     against += [
@@ -166,7 +166,8 @@ def _client_was_fast_enough(cells: Sequence[CellResult]) -> JSON:
     behind = [] if all(client["goes_first"] for _, client in judged) else [_finding("not_first")]
     worst = list(_worst([client for _, client in judged])) or [_finding("nothing_against")]
     gate = _gate("client-fast", against=against, unknown=unknown, otherwise=worst)
-    return gate | {"found": gate["found"] + behind}
+    unscheduled = [_finding("no_schedule")] if judged and plan["arrival"] == "closed" else []
+    return gate | {"found": gate["found"] + unscheduled + behind}
 
 
 def _silent(cells: Sequence[CellResult]) -> list[JSON]:

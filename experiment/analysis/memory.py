@@ -20,6 +20,8 @@ from experiment.run.kv import REASONS
 MAX_POINTS = 800
 # Nothing is sampled more seldom than once a second: after a longer silence it is not known what was there.
 GAP_NS = 3_000_000_000
+# Whose memory is that of a GPU's processes that are no server's, and of those that the driver does not tell apart.
+UNATTRIBUTED = "unattributed"
 Layer = Literal["device", "process", "host", "allocator"]
 Window = tuple[int, int]
 JSON = dict[str, Any]
@@ -52,20 +54,23 @@ class Memory:
     def figures(self, target: str, windows: Sequence[Window]) -> JSON:
         """Mean and maximum of each layer for a server in some windows of time; layers without a sample are left out.
 
-        The device is that of all servers. Values are bytes, or tokens or blocks where `kv.unit` says so.
+        The device is that of all servers; `unattributed` is what the monitor knows of no server for. Values are bytes,
+        or tokens or blocks where `kv.unit` says so.
         """
         found: JSON = {}
         for one in self.series:
-            chosen = inside(one.time_ns, windows)
-            if one.owner in (target, "") and chosen.any():
-                name = f"GPU {one.gpu} {one.name}" if one.gpu else one.name
-                found.setdefault(one.layer, {})[name] = {
-                    "mean": float(np.average(one.values[chosen], weights=lasting(one.time_ns)[chosen])),
-                    "max": float(one.values[chosen].max()),
-                }
+            if one.owner in (target, UNATTRIBUTED, "") and (figures := over_time(one, windows)):
+                what = UNATTRIBUTED if one.owner == UNATTRIBUTED else one.name
+                name = f"GPU {one.gpu} {what}" if one.gpu else what
+                found.setdefault(one.layer, {})[name] = figures
         if target in self.caches and (kv := cache_figures(self.caches[target], windows)):
             found["kv"] = kv
         return found
+
+    def gpus(self, target: str, windows: Sequence[Window]) -> list[str]:
+        """The GPUs on which a server's processes held memory in some windows; none where the monitor cannot tell."""
+        own = (one for one in self.series if (one.layer, one.owner) == ("process", target))
+        return [one.gpu for one in own if (held := over_time(one, windows)) and held["max"] > 0]
 
 
 def gather(
@@ -145,7 +150,7 @@ def _of_monitor(timeline: pa.Table, targets: Collection[str]) -> Iterator[Series
         yield from _series(timeline, metric, "device", name)
     for layer, metric in _SERVERS.items():
         for one in _series(timeline, metric, layer, "held"):
-            if one.owner in (*targets, "unattributed"):
+            if one.owner in (*targets, UNATTRIBUTED):
                 yield one
 
 
@@ -162,13 +167,22 @@ def _series(timeline: pa.Table, metric: str, layer: Layer, name: str) -> Iterato
         yield Series(layer, owner["server"], owner["gpu"], name, own["time_ns"].to_numpy(), own["value"].to_numpy())
 
 
-def lasting(time_ns: Moments) -> Floats:
-    """How long each sample holds, until the next or a gap: some series are sampled more often while they change."""
-    if len(time_ns) < 2:
-        return np.ones(len(time_ns))
-    each_ns = np.minimum(np.diff(time_ns), GAP_NS).astype(np.float64)
-    held: Floats = np.maximum(np.append(each_ns, np.median(each_ns)), 1.0)
-    return held
+def over_time(series: Series, windows: Sequence[Window]) -> JSON | None:
+    """Mean over time and maximum of a series inside some windows; None where nothing was sampled.
+
+    A sample holds until the next or a gap, so that the first of a window is the last one before it: some series are
+    sampled more often while they change.
+    """
+    begin_ns = series.time_ns
+    end_ns = np.minimum(np.append(begin_ns[1:], begin_ns[-1:] + GAP_NS), begin_ns + GAP_NS)
+    held_ns = np.zeros(len(begin_ns))
+    for first_ns, last_ns in windows:
+        held_ns += np.maximum(0, np.minimum(end_ns, last_ns) - np.maximum(begin_ns, first_ns))
+    chosen = held_ns > 0
+    if not chosen.any():
+        return None
+    values = series.values[chosen]
+    return {"mean": float(np.average(values, weights=held_ns[chosen])), "max": float(values.max())}
 
 
 def runs(time_ns: Moments, gap_ns: int = GAP_NS) -> Moments:

@@ -245,7 +245,10 @@ def write_tables(results: Results) -> None:
 
 
 def _write_records(results: Results) -> None:
-    """Write all records block by block, so that no more of them than a block are in memory."""
+    """Write all records block by block, so that no more of them than a block are in memory.
+
+    The load test knows a target by the kind of its server; here it has the plan's name, which tells several apart.
+    """
     cells = [cell for cell in results.cells if len(cell.requests)]
     if not cells:
         return
@@ -256,9 +259,13 @@ def _write_records(results: Results) -> None:
     with pq.ParquetWriter(results.folder / "records.parquet", RECORDS_SCHEMA, **options) as writer:
         for cell in cells:
             for table in requests.blocks(cell.requests.read(), records.SCHEMA.names):
-                values = zip(CELL_COLUMNS.values(), (cell.index, cell.level, cell.repeat), strict=True)
-                own = [pa.repeat(pa.scalar(value, type_), table.num_rows) for type_, value in values]
-                writer.write_table(pa.table([*own, *table.columns], RECORDS_SCHEMA))
+                values = {"cell": cell.index, "level": cell.level, "repeat": cell.repeat, "target": cell.target}
+                whole = {name: table[name] for name in records.SCHEMA.names}
+                whole |= {
+                    name: pa.repeat(pa.scalar(value, RECORDS_SCHEMA.field(name).type), table.num_rows)
+                    for name, value in values.items()
+                }
+                writer.write_table(pa.table(whole, RECORDS_SCHEMA))
 
 
 def targets(plan: JSON) -> list[str]:

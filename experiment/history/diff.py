@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import groupby
 from pathlib import Path
 
@@ -40,6 +40,8 @@ def diff(arguments: Sequence[str], console: Console) -> int:
     first, second = read(given.first), read(given.second)
     with damage_named(given.second):
         found, changed = differences(first, second), list(changes(first, second, SHOWN))
+    if not _comparable(found):
+        changed = [replace(one, verdict="invalid") for one in changed]
     if given.json:
         print(json.dumps(_as_json(first, second, found, changed), indent=2, allow_nan=False))
     else:
@@ -47,12 +49,16 @@ def diff(arguments: Sequence[str], console: Console) -> int:
     return 0
 
 
+def _comparable(found: Sequence[Difference]) -> bool:
+    return not any(one.matters for one in found)
+
+
 def _as_json(first: Run, second: Run, found: Sequence[Difference], changed: Sequence[Change]) -> JSON:
     return {
         "first": str(first.folder),
         "second": str(second.folder),
         "valid": {"first": first.summary["valid"], "second": second.summary["valid"]},
-        "comparable": not any(one.matters for one in found),
+        "comparable": _comparable(found),
         "methods": {name: METHODS[name] for name in _methods(changed)},
         "differences": [asdict(one) for one in found],
         "changes": [asdict(one) for one in changed],
@@ -63,7 +69,8 @@ def _print(first: Run, second: Run, found: Sequence[Difference], changed: Sequen
     for name, run in (("first", first), ("second", second)):
         valid = "" if run.summary["valid"] else " [bold red]NOT VALID: its report says which rule failed.[/]"
         console.print(f"{name + ':':8}{escape(str(run.folder))}{valid}")
-    if any(one.matters for one in found):
+    comparable = _comparable(found)
+    if not comparable:
         console.print("\n[bold red]NOT COMPARABLE: the two runs did not measure the same thing.[/]")
     for one in found:
         style = "bold red" if one.matters else "default"
@@ -73,21 +80,28 @@ def _print(first: Run, second: Run, found: Sequence[Difference], changed: Sequen
         console.print("Plan, versions, hardware and requests are the same.")
     for key, own in groupby(changed, key=lambda one: (one.level, one.target)):
         console.print(f"\n[bold]{escape(key[1])}, {level_name(second, key[0])}[/]")
-        for line in _lines(list(own)):
+        for line in _lines(list(own)) if comparable else _figures(list(own)):
             console.print(line, markup=False)
     if not changed:
         console.print("\nNo level of a target has figures in both runs.")
         return
-    console.print(
-        "\nFigures are those of the reports. Ratios are geometric means over the repeats with 95 % intervals;"
-    )
-    console.print("above 1 the second run is better.")
+    console.print("\nFigures are those of the reports.")
+    if not comparable:
+        return
+    console.print("Ratios are geometric means over the repeats with 95 % intervals; above 1 the second run is better.")
     for method in _methods(changed):
         console.print(METHODS[method])
 
 
 def _methods(changed: Sequence[Change]) -> list[Method]:
     return list(dict.fromkeys(one.method for one in changed))
+
+
+def _figures(changed: Sequence[Change]) -> Iterator[str]:
+    """The figures alone: what did not measure the same thing has no ratio and no verdict."""
+    yield f"  {'metric':18}{'first':>17}{'second':>17}"
+    for one in changed:
+        yield f"  {one.metric:18}{show(one.metric, one.first):>17}{show(one.metric, one.second):>17}"
 
 
 def _lines(changed: Sequence[Change]) -> Iterator[str]:

@@ -1,7 +1,7 @@
 """The report of a run: one HTML page in two languages, charts as files, tables and figures. It computes nothing."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jinja2
@@ -81,7 +81,7 @@ def page(results: Results, summary: JSON, drawn: Drawn) -> str:
     environment.filters.update(filters())
     told = (findings.rule, findings.found, findings.search_end, findings.adds)
     environment.globals.update({function.__name__: function for function in told})
-    known = _known(summary)
+    known, shown = _known(summary), list(_sampled(summary))
     frames = {language: frame_of(summary, language) for language in LANGUAGES}
     return environment.get_template("page.html.j2").render(
         languages=LANGUAGES,
@@ -102,8 +102,10 @@ def page(results: Results, summary: JSON, drawn: Drawn) -> str:
         sections=_sections(summary),
         sketch=sketch(),
         reasons=REASONS,
-        columns=_columns(summary),
-        sources=_sources(summary),
+        columns=list(dict.fromkeys((layer, name) for layer, _, name in shown)),
+        gpus=list(dict.fromkeys(gpu for _, gpu, _ in shown if gpu)),
+        sources=_sources(summary, results.plan),
+        no_bytes=_no_bytes(summary),
         no_allocator=_no_allocator(summary),
         sampled=results.timeline is not None or bool(results.memory.caches),
     )
@@ -121,11 +123,12 @@ def _sections(summary: JSON) -> list[str]:
     return ["latency", "tradeoff", *found, "memory", "paging", "kv", "figures", "gates", "cells", "repeat"]
 
 
-def _columns(summary: JSON) -> list[tuple[str, str]]:
-    """The layers of memory that were sampled, but for the KV cache, and what was sampled in each."""
+def _sampled(summary: JSON) -> Iterator[tuple[str, str, str]]:
+    """What was sampled of memory, but for the KV cache: the layer, the GPU or "", and what was sampled in it."""
     kept = [figures["memory"] for level in summary["levels"] for figures in level["targets"].values()]
-    order = ("device", "process", "host", "allocator")
-    return list(dict.fromkeys((layer, name) for layer in order for memory in kept for name in memory.get(layer, {})))
+    for layer, of_gpu in (("device", True), ("process", True), ("host", False), ("allocator", False)):
+        for name in dict.fromkeys(name for memory in kept for name in memory.get(layer, {})):
+            yield (layer, *name.split(" ", 2)[1:]) if of_gpu else (layer, "", name)
 
 
 def _limited(frame: Frame, summary: JSON) -> dict[str, list[str]]:
@@ -134,18 +137,25 @@ def _limited(frame: Frame, summary: JSON) -> dict[str, list[str]]:
     return {limit: own for limit in ("load", "other") if (own := [name for name in found if found[name] == limit])}
 
 
-def _sources(summary: JSON) -> dict[tuple[str, int | None], list[str]]:
+def _sources(summary: JSON, plan: JSON) -> dict[tuple[str, int | None], list[str]]:
     """The servers whose live tokens come from the same source, by it and the size of a block.
 
-    `tokens` are those of which the bytes of a token are not known.
+    `tokens` are those of which the bytes of a token are not known, `tokens_at_url` those that ran already.
     """
+    at_url = {target["name"] for target in plan["targets"] if target.get("url")}
     found: dict[tuple[str, int | None], list[str]] = {}
     kept = {t: kv for level in summary["levels"] for t, f in level["targets"].items() if (kv := f["memory"].get("kv"))}
     for target, kv in kept.items():
         found.setdefault((kv["live_source"], kv["block_size"]), []).append(target)
-    if unknown := [target for target, kv in kept.items() if kv["unit"] == "tokens"]:
-        found["tokens", None] = unknown
+    for target in (target for target, kv in kept.items() if kv["unit"] == "tokens"):
+        found.setdefault(("tokens_at_url" if target in at_url else "tokens", None), []).append(target)
     return found
+
+
+def _no_bytes(summary: JSON) -> list[str]:
+    """The servers whose KV cache is known in tokens or blocks alone, so that a chart of bytes leaves them out."""
+    kept = [(t, f["memory"].get("kv")) for level in summary["levels"] for t, f in level["targets"].items()]
+    return list(dict.fromkeys(target for target, kv in kept if kv and kv["unit"] != "bytes"))
 
 
 def _no_allocator(summary: JSON) -> list[str]:

@@ -1,6 +1,7 @@
 """How numbers are written for people: the filters of the page."""
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from experiment.report.layers import amount
@@ -17,6 +18,7 @@ def filters() -> dict[str, Callable[..., str]]:
         "share": share,
         "percent": percent,
         "name_of": name_of,
+        "counted": counted,
     }
 
 
@@ -44,6 +46,11 @@ def share(ends: tuple[float | None, float | None], words: Words) -> str:
     """A share in percent, or the bounds between which it is."""
     texts = dict.fromkeys(number(None if end is None else end * 100, 1) for end in ends)
     return words("join.range").join(texts)
+
+
+def counted(names: Iterable[str], separator: str) -> str:
+    """Names in their order, those that are equal once with their number."""
+    return separator.join(name if count == 1 else f"{count} x {name}" for name, count in Counter(names).items())
 
 
 def _amount(value: Any, unit: str, words: Words) -> str:

@@ -9,7 +9,7 @@ import altair as alt
 import numpy as np
 
 from experiment.analysis.live import Cache, Moments
-from experiment.analysis.memory import GAP_NS, MAX_POINTS, Layer, Memory, Window, inside, runs, thin
+from experiment.analysis.memory import GAP_NS, MAX_POINTS, Layer, Memory, Series, Window, inside, runs, thin
 from experiment.analysis.requests import Flags, Floats
 from experiment.analysis.results import JSON
 from experiment.report.look import INK, Frame, columns, heading, legend_on_top, room_for, svg, table
@@ -43,7 +43,7 @@ def draw(frame: Frame, memory: Memory, summary: JSON) -> dict[str, str]:
     window = min(cell["start_ns"] for cell in cells), max(cell["end_ns"] for cell in cells)
     series = [one for one in memory.series if inside(one.time_ns, [window]).any()]
     caches = {target: cache for target, cache in memory.caches.items() if inside(cache.time_ns, [window]).any()}
-    panels = len({one.layer for one in series}) + len(caches)
+    panels = len(_panels(series)) + len(caches)
     if not panels:
         return {}
     sampled = Memory(series, dict(sorted(caches.items(), key=lambda item: frame.slot(item[0]))))
@@ -82,11 +82,11 @@ class Drawing:
 
 def _draw(drawing: Drawing, memory: Memory, cells: Sequence[JSON]) -> str:
     words = drawing.frame.words
-    panels = [
-        _lines(drawing, words(f"layer.{layer}"), rows)
-        for layer in get_args(Layer)
-        if (rows := list(_points(drawing, memory, layer)))
-    ]
+    several = len({one.gpu for one in memory.series if one.gpu}) > 1
+    panels = []
+    for (layer, gpu), own in _panels(memory.series).items():
+        title = words(f"layer.{layer}", gpu=f"GPU {gpu}" if several else "GPU")
+        panels.append(_lines(drawing, title, list(_points(drawing, own))))
     for target, cache in memory.caches.items():
         panels.append(_areas(drawing, target, cache, inside(cache.time_ns, [drawing.window])))
     layered = []
@@ -95,6 +95,14 @@ def _draw(drawing: Drawing, memory: Memory, cells: Sequence[JSON]) -> str:
         layered.append(alt.layer(*bands, *parts).properties(width=drawing.width, height=HEIGHT, title=heading(title)))
     whole = alt.vconcat(*layered, spacing=14).resolve_scale(x="shared", color="independent")
     return svg(whole, f"{words.language}-{drawing.name}")
+
+
+def _panels(series: Sequence[Series]) -> dict[tuple[Layer, str], list[Series]]:
+    """What each panel shows, by layer and GPU: what is on several GPUs could not be told apart in one."""
+    found: dict[tuple[Layer, str], list[Series]] = {}
+    for one in sorted(series, key=lambda one: get_args(Layer).index(one.layer)):
+        found.setdefault((one.layer, one.gpu), []).append(one)
+    return found
 
 
 def _bands(drawing: Drawing, cells: Sequence[JSON], title: str | None) -> Iterator[alt.Chart]:
@@ -150,28 +158,23 @@ def _steps(time_ns: Moments, columns: Sequence[Floats], window: Window, points: 
     return Steps(at, (shown_ns / 1e9).round(3).tolist(), run[at].tolist())
 
 
-def _points(drawing: Drawing, memory: Memory, layer: Layer) -> Iterator[JSON]:
-    """The points of the lines of a layer."""
+def _points(drawing: Drawing, own: Sequence[Series]) -> Iterator[JSON]:
+    """The points of the lines of a panel."""
     frame, window = drawing.frame, drawing.window
-    own = [one for one in memory.series if one.layer == layer]
-    several = len({one.gpu for one in own}) > 1
     owners = len({one.owner for one in own}) > 1
     for one in own:
         within = inside(one.time_ns, [window])
         times, values = one.time_ns[within], one.values[within]
-        if not len(times):
-            continue
         steps = _steps(times, [values], window, drawing.points)
         what = frame.words.named("line", one.name)
         name = frame.words.named("line", frame.name(one.owner))
-        label = {"device": what, "allocator": f"{name}: {what}" if owners else what}.get(layer, name)
-        label = f"{label}, GPU {one.gpu}" if several else label
-        color = LINES[one.name] if layer in ("device", "allocator") and not owners else frame.color(one.owner)
+        label = {"device": what, "allocator": f"{name}: {what}" if owners else what}.get(one.layer, name)
+        color = LINES[one.name] if one.layer in ("device", "allocator") and not owners else frame.color(one.owner)
         for second, run, value in zip(steps.seconds, steps.run, values[steps.at].tolist(), strict=True):
             yield {
                 "name": label,
                 "color": color,
-                "dashed": layer == "allocator" and one.name == "reserved",
+                "dashed": one.layer == "allocator" and one.name == "reserved",
                 "run": run,
                 "seconds": second,
                 "value": value,
@@ -224,7 +227,7 @@ def amount(words: Words, value: float, unit: str) -> str:
     """Bytes in the largest unit of which there is at least one, or a count of tokens or blocks."""
     if unit != "bytes":
         return f"{value:,.0f} {words.named('unit', unit)}"
-    scale, name = unit_of(max(value, 2**10))
+    scale, name = unit_of(max(abs(value), 2**10))
     return f"{value / scale:,.1f} {name}"
 
 

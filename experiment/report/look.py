@@ -110,7 +110,8 @@ def table(rows: Sequence[JSON]) -> alt.Chart:
 def legend_on_top(**options: Any) -> alt.Legend:
     """A legend over the plot, of lines thick enough to tell their colours."""
     symbol: Any = {"symbolSize": 70, "symbolStrokeWidth": 2.5, "symbolOpacity": 1}
-    return alt.Legend(orient="top", labelLimit=150, columnPadding=18, **symbol, **options)
+    # The longest name that a target may have is whole.
+    return alt.Legend(orient="top", labelLimit=300, columnPadding=18, **symbol, **options)
 
 
 def heading(text: str) -> alt.TitleParams:

@@ -1,6 +1,6 @@
 """The verdict of a report in one sentence, and what more there is to say, from the figures of the summary alone."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 from experiment.analysis import stats
@@ -12,16 +12,21 @@ from experiment.report.look import Frame
 
 @dataclass(frozen=True)
 class Compared:
-    """What a verdict is of: a level, a metric, and the ratio to the baseline of each target that has one to tell."""
+    """What a verdict is of: a level, a metric, and the ratio to the baseline of each target that has one to tell.
+
+    `unlike` are those of the targets that hold memory on another number of GPUs than the baseline.
+    """
 
     level: float
     metric: str
     ratios: Mapping[str, JSON]
+    unlike: Collection[str]
 
     @property
     def first(self) -> str:
-        """The target that gains most."""
-        return max(self.ratios, key=lambda target: self.ratios[target]["value"])
+        """The target that gains most, of those on as many GPUs as the baseline where there is one."""
+        alike = [target for target in self.ratios if target not in self.unlike]
+        return max(alike or self.ratios, key=lambda target: self.ratios[target]["value"])
 
 
 def verdict(frame: Frame, summary: JSON) -> str:
@@ -39,7 +44,7 @@ def verdict(frame: Frame, summary: JSON) -> str:
 def details(frame: Frame, summary: JSON) -> list[str]:
     """What else there is to say, a sentence each: the other targets, what has no verdict, the search, the memory."""
     compared = _compared(frame, summary)
-    told = [] if compared is None else [_others(frame, summary, compared)]
+    told = [] if compared is None else [_others(frame, summary, compared), _unlike(frame, summary, compared)]
     told += _queues(frame, summary)
     told += [_saturation(frame, summary) if compared else None, *_held(frame, summary)]
     return [one[0].upper() + one[1:] for one in told if one]
@@ -58,8 +63,15 @@ def _compared(frame: Frame, summary: JSON) -> Compared | None:
             known = {target: ratio for target, ratio in told.items() if ratio["value"] is not None}
             ratios = {target: ratio for target, ratio in known.items() if _judged(summary, level, target, metric)}
             if ratios:
-                return Compared(level["level"], metric, ratios)
+                unlike = _on_other_gpus(level.get("targets", {}), summary["baseline"])
+                return Compared(level["level"], metric, ratios, [target for target in unlike if target in ratios])
     return None
+
+
+def _on_other_gpus(targets: Mapping[str, JSON], baseline: str) -> list[str]:
+    """The targets that held memory on another number of GPUs than the baseline, as far as the monitor could tell."""
+    counts = {target: len(held_on) for target, figures in targets.items() if (held_on := figures.get("held_on"))}
+    return [target for target, count in counts.items() if count != counts.get(baseline, count)]
 
 
 def _judged(summary: JSON, level: JSON, target: str, metric: str) -> bool:
@@ -95,6 +107,12 @@ def _others(frame: Frame, summary: JSON, compared: Compared) -> str | None:
     key = "verdict.others_speed" if compared.metric == "output_throughput" else "verdict.others_time"
     names = {"where": _where(frame, summary, compared.level), "baseline": frame.name(summary["baseline"])}
     return words(key, **names, told=words("join.clauses").join(told)) if told else None
+
+
+def _unlike(frame: Frame, summary: JSON, compared: Compared) -> str | None:
+    """Which of the targets have more or less hardware than the baseline."""
+    names = frame.words("join.list").join(map(frame.name, compared.unlike))
+    return frame.words("verdict.other_gpus", baseline=frame.name(summary["baseline"]), targets=names) if names else None
 
 
 def _short(frame: Frame, ratio: JSON) -> str:

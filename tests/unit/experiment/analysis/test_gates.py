@@ -18,7 +18,7 @@ from experiment.words import Words, findings
 from loadtest import calibrate
 from loadtest.records import count
 from loadtest.reference.probe import reference
-from tests.unit.experiment.folders import make_folder
+from tests.unit.experiment.folders import change_json, make_folder
 
 ROOT = Path(__file__).parents[4]
 CELL = "cells/01-hf-c2-r1"
@@ -73,3 +73,15 @@ def test_what_the_load_generator_says_against_a_run_fails_a_rule(tmp_path: Path,
     assert "at most 10" in told
     assert gate(run, tmp_path / "whole" / "client.json", WHOLE)["passed"]
     assert gate(run, tmp_path / "stopped" / "client.json", WHOLE)["found"] == [{"id": "stopped", "cells": [1]}]
+
+
+def test_a_closed_loop_says_that_it_has_no_schedule_to_be_late_on(tmp_path: Path) -> None:
+    run = make_folder(tmp_path)
+    client = tmp_path / "client.json"
+    shutil.copy(run / CELL / "client.json", client)
+    assert "no send lateness" in findings.found(Words("en"), gate(run, client, FAST), "closed")
+    change_json(run / "plan.json", arrival="poisson")
+    change_json(client, send_lateness_p99_seconds=0.0004)
+    told = findings.found(Words("en"), gate(run, client, FAST), "poisson")
+    assert "send lateness p99 at most 0.0004 s" in told
+    assert "no send lateness" not in told

@@ -185,9 +185,65 @@ def test_a_series_that_fits_is_kept_as_it_is() -> None:
     assert memory.thin(np.arange(memory.MAX_POINTS), values).tolist() == list(range(memory.MAX_POINTS))
 
 
+def series_of(times_seconds: list[float], values: list[float], owner: str = "hf", gpu: str = "0") -> Series:
+    times = (np.array(times_seconds) * SECOND).astype(np.int64)
+    return Series("process", owner, gpu, "held", times, np.array(values))
+
+
+def seconds(*windows: tuple[float, float]) -> list[memory.Window]:
+    return [(round(start * SECOND), round(end * SECOND)) for start, end in windows]
+
+
 def test_the_mean_of_what_is_sampled_more_often_while_it_changes_is_over_time() -> None:
-    times = np.array([0, 1000, 1010, 1020, 2000, 3000]) * 1_000_000
-    values = np.array([1.0, 1.0, 50.0, 1.0, 1.0, 1.0])
-    of_hf = Memory([Series("process", "hf", "0", "held", times, values)], {})
-    mean = of_hf.figures("hf", [(0, 4 * SECOND)])["process"]["GPU 0 held"]["mean"]
-    assert mean == pytest.approx(1 + 49 * 0.01 / 4, rel=0.01)
+    series = series_of([0, 1, 1.01, 1.02, 2, 3], [1, 1, 50, 1, 1, 1])
+    mean = Memory([series], {}).figures("hf", seconds((0, 4)))["process"]["GPU 0 held"]["mean"]
+    assert mean == pytest.approx(1 + 49 * 0.01 / 4)
+
+
+def test_a_window_begins_with_the_last_sample_before_it_and_ends_within_the_one_that_lasts_longer() -> None:
+    series = series_of([0, 1, 2], [9, 1, 4])
+    assert memory.over_time(series, seconds((0.5, 1.5))) == {"mean": (9 * 0.5 + 1 * 0.5), "max": 9}
+    assert memory.over_time(series, seconds((1.2, 1.4))) == {"mean": 1, "max": 1}
+    assert memory.over_time(series, seconds((0, 1), (2, 4))) == {"mean": pytest.approx((9 + 2 * 4) / 3), "max": 9}
+
+
+def test_a_sample_holds_for_three_seconds_and_no_longer() -> None:
+    series = series_of([0, 10], [6, 2])
+    assert memory.over_time(series, seconds((2, 11))) == {"mean": pytest.approx((6 + 2) / 2), "max": 6}
+    assert memory.over_time(series, seconds((4, 9))) is None
+    assert memory.over_time(series, seconds((12, 20))) == {"mean": 2, "max": 2}
+
+
+@given(st.lists(st.integers(1, 900), min_size=2, max_size=40), st.integers(0, 5000), st.integers(1, 5000))
+def test_what_is_never_more_than_another_has_no_larger_mean_however_seldom_it_is_sampled(
+    steps: list[int], start: int, length: int
+) -> None:
+    times = np.cumsum([0, *steps]) / 1000
+    values = np.arange(len(times), dtype=np.float64)
+    more = series_of(list(times), list(values))
+    # The same, read each second time only: as it grows, what was read last is never too much.
+    less = series_of(list(times[::2]), list(values[::2]))
+    window = seconds((start / 1000, (start + length) / 1000))
+    whole, part = memory.over_time(more, window), memory.over_time(less, window)
+    if whole and part and window[0][1] <= times[-1] * SECOND:
+        assert part["mean"] <= whole["mean"] * (1 + 1e-9)
+
+
+def test_what_the_monitor_knows_no_server_for_is_in_the_figures_of_each_gpu() -> None:
+    rows = [series_of([0, 1], [5, 5]), series_of([0, 1], [2, 4], owner="unattributed", gpu="1")]
+    assert Memory(rows, {}).figures("hf", seconds((0, 2)))["process"] == {
+        "GPU 0 held": {"mean": 5, "max": 5},
+        "GPU 1 unattributed": {"mean": 3, "max": 4},
+    }
+
+
+def test_a_server_is_on_the_gpus_where_its_processes_held_memory_in_the_windows() -> None:
+    rows = [
+        series_of([0, 1], [5, 5], gpu="0"),
+        series_of([0, 1], [0, 0], gpu="1"),
+        series_of([0, 1], [7, 7], gpu="2", owner="vllm"),
+        series_of([50], [5], gpu="3"),
+    ]
+    assert Memory(rows, {}).gpus("hf", seconds((0, 2))) == ["0"]
+    assert Memory(rows, {}).gpus("hf", seconds((0, 2), (51, 52))) == ["0", "3"]
+    assert Memory(rows, {}).gpus("other", seconds((0, 2))) == []

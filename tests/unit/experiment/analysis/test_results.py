@@ -446,6 +446,17 @@ def test_tables_hold_every_request_and_every_sample(folder: Path) -> None:
     assert pq.read_table(folder / "timeline.parquet")["value"].to_pylist() == [1.0, 2.0]
 
 
+def test_records_have_the_plans_name_of_their_target(tmp_path: Path) -> None:
+    targets = [{"name": name, "kind": "hf"} for name in ("hf-1-gpu", "hf-2-gpus")]
+    folder = make_folder(tmp_path, make_plan(targets=targets), speed=lambda _: 1.0)
+    write_tables(load(folder))
+    rows = pq.read_table(folder / "records.parquet").to_pylist()
+    assert {(row["cell"], row["target"]) for row in rows} == {
+        *((cell, "hf-1-gpu") for cell in (1, 4)),
+        *((cell, "hf-2-gpus") for cell in (2, 3)),
+    }
+
+
 def test_memory_is_in_the_figures_of_each_server_and_level_and_of_each_cell(folder: Path) -> None:
     write_kv(folder)
     series = {Series("host_pss_bytes", server="hf"): [5.0] * 5, Series("host_pss_bytes", server="vllm"): [7.0] * 5}

@@ -146,7 +146,11 @@ def test_differences_are_named_and_those_that_matter_are_loud(
     out = show(first, second, capsys=capsys)
     assert ("NOT COMPARABLE" in out) == matters
     assert f"{what}: {found[what].first} -> {found[what].second}" in out
-    assert out.index(what) < out.index("verdict")
+    assert out.index(what) < out.index("output_throughput")
+    assert ("verdict" in out) == ("95 % intervals" in out) == (not matters)
+    told = json.loads(show(first, second, "--json", capsys=capsys))
+    assert told["changes"]
+    assert all(one["verdict"] == "invalid" for one in told["changes"]) == matters
 
 
 def test_what_changed_while_a_run_was_stopped_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

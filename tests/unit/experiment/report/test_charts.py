@@ -133,6 +133,14 @@ def test_hf_and_vllm_keep_their_colours_and_no_two_of_seven_targets_share_one() 
     assert [frame.color(name) for name in pair.targets] == [pair.color(name) for name in pair.targets]
 
 
+def test_the_longest_name_that_a_target_may_have_is_whole_in_a_legend() -> None:
+    name = "vllm-tensor-parallel-over-two-gpus-eager"
+    assert len(name) == 40
+    frame = look.Frame(Words("en"), [name], True)
+    chart = look.table([{"x": 1, "target": name}]).mark_point().encode(x="x:Q", **frame.by_target())
+    assert f">{name}<" in look.svg(chart, "name")
+
+
 def test_our_own_servers_keep_their_colours_whatever_their_place_and_none_is_that_of_a_part_of_a_cache() -> None:
     own = ["sequential", "batch", "batch-static", "continuous", "vllm"]
     whole, part = (look.Frame(Words("en"), targets, True) for targets in (own, ["x", "vllm", "continuous"]))

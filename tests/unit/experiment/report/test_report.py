@@ -75,6 +75,7 @@ def test_a_page_of_servers_under_load_together_says_so_and_marks_their_cells_as_
         change_json(path, start_ns=1000 * 10**9, end_ns=1040 * 10**9)
     text = page(folder)
     assert "Together: all servers were under load at the same time" in text
+    assert "so they shared what they run on" in text
     assert "Grey bands mark the cells" in text
     (band,) = layers._groups(analyse(load(folder))["cells"])
     assert (band["target"], band["start_ns"], band["end_ns"]) == ("", 1000 * 10**9, 1040 * 10**9)
@@ -101,7 +102,7 @@ def test_the_table_of_kv_caches_shows_live_and_waste_and_where_live_comes_from(t
     assert 0 <= low <= 9 / 0.16 <= high <= 11 / 0.16
     assert vllm[5:8] == ["-", "-", "-"]
     assert "the server counts its live tokens itself" in text
-    assert "does not export its live tokens: they are between two bounds" in text
+    assert "vLLM: live tokens are not exported; they are between two bounds" in text
     assert "A block holds 16 tokens" in text
 
 
@@ -116,7 +117,29 @@ def test_what_is_not_known_of_a_cache_is_said(tmp_path: Path) -> None:
     assert row(text, "HF")[2:4] == ["100 tokens", "10 tokens  peak 10 tokens"]
     assert row(text, "vLLM")[2:9] == ["100 blocks", "7 blocks  peak 7 blocks", "-", "-", "-", "-", "-"]
     assert "how many tokens are live in them is not known" in text
-    assert "in tokens, because the bytes of one are not known" in text
+    assert "HF: in tokens, because the bytes of one are not known: the model" in text
+
+
+@pytest.mark.usefixtures("no_charts")
+def test_of_a_server_that_ran_already_the_true_reason_is_told_why_its_cache_is_in_tokens(tmp_path: Path) -> None:
+    folder = make_small(tmp_path)
+    plan = json.loads((folder / "plan.json").read_text())
+    plan["targets"][1]["url"] = "http://127.0.0.1:8001"
+    change_json(folder / "plan.json", targets=plan["targets"])
+    sent = {cell.target: (cell.start_ns + cell.end_ns) // 2 for cell in load(folder).cells}
+    write_timeline(folder / "kv" / "vllm.arrow", kv_table(paged_row(sent["vllm"], bytes_per_token=None)))
+    text = page(folder)
+    assert "vLLM: in tokens, because the bytes of one are not known: that a server which ran already" in text
+    assert "configuration could not be read" not in text
+
+
+def test_a_server_that_the_chart_of_kv_bytes_leaves_out_is_named_in_its_note(tmp_path: Path) -> None:
+    folder = make_small(tmp_path)
+    write_kv(folder)
+    assert "Not drawn:" not in page(folder)
+    sent = {cell.target: (cell.start_ns + cell.end_ns) // 2 for cell in load(folder).cells}
+    write_timeline(folder / "kv" / "vllm.arrow", kv_table(paged_row(sent["vllm"], bytes_per_token=None)))
+    assert "Not drawn: vLLM, whose bytes are not known" in page(folder)
 
 
 @pytest.mark.usefixtures("no_charts")
@@ -151,6 +174,19 @@ def test_every_layer_has_a_panel_and_the_cells_are_marked(tmp_path: Path) -> Non
         assert word in chart
     assert "finished" not in chart  # there were none
     assert all(color in chart for color in look.COLORS[:2])
+
+
+def test_what_is_on_several_gpus_has_a_panel_for_each_with_its_own_legend(tmp_path: Path) -> None:
+    folder = make_small(tmp_path)
+    held = {("hf", "0"), ("hf", "1"), ("vllm", "1")}
+    series = {Series("gpu_memory_used_bytes", gpu=gpu): [2.0**34] * 9 for gpu in ("0", "1")}
+    series |= {Series("gpu_process_memory_bytes", server=server, gpu=gpu): [2.0**33] * 9 for server, gpu in held}
+    write_timeline(folder / "timeline" / "1.arrow", timeline(series, step_ns=500 * 10**9))
+    chart = layer_chart(folder)
+    assert re.findall(r">((?:Device|Process): [^<]*|HF|vLLM|used)<", chart) == [
+        *["used", "Device: GPU 0 memory in use (NVML)", "used", "Device: GPU 1 memory in use (NVML)"],
+        *["HF", "Process: GPU 0 memory by server (NVML)", "HF", "vLLM", "Process: GPU 1 memory by server (NVML)"],
+    ]
 
 
 def drawn(time_ns: list[int], *columns: list[float]) -> list[tuple[float, int, list[float]]]:
@@ -240,6 +276,79 @@ def test_amounts_are_in_the_largest_unit_that_fits(value: float, unit: str, text
 )
 def test_a_share_is_one_figure_where_its_bounds_are_the_same(ends: tuple[float, float], text: str) -> None:
     assert formats.share(ends, Words("en")) == text
+
+
+def rows_of_layers(text: str) -> list[list[str]]:
+    """The cells of each row of the table of layers, its head first."""
+    table = text[text.rindex("The other layers at that load</h2>") :].split("</table>")[0]
+    return [
+        [re.sub(r"<[^>]*>", " ", cell).strip() for cell in re.findall(r"<t[dh].*?>(.*?)</t[dh]>", row, re.DOTALL)]
+        for row in re.findall(r"<tr.*?</tr>", table, re.DOTALL)
+    ]
+
+
+@pytest.mark.usefixtures("no_charts")
+def test_the_table_of_layers_has_a_row_for_each_gpu_with_what_is_of_no_server(tmp_path: Path) -> None:
+    folder = make_small(tmp_path)
+    held = {("hf", "0"): 1, ("unattributed", "0"): 2, ("unattributed", "1"): 3}
+    series = {Series("gpu_memory_used_bytes", gpu=gpu): [2.0**34] for gpu in ("0", "1")}
+    series |= {
+        Series("gpu_process_memory_bytes", server=server, gpu=gpu): [size * 2.0**30]
+        for (server, gpu), size in held.items()
+    }
+    series[Series("host_pss_bytes", server="hf")] = [2.0**30]
+    cells = [cell for cell in load(folder).cells if cell.target == "hf"]
+    pieces = [timeline(series).set_column(0, "time_ns", pa.array([cells[0].start_ns + 10**9] * 6))]
+    write_timeline(folder / "timeline" / "1.arrow", pa.concat_tables(pieces))
+    head, first, second = rows_of_layers(page(folder))[:3]
+    assert head[2:] == ["GPU", "device: used", "process: held", "process: unattributed", "host, PSS"]
+    assert [cell.split("  ")[0] for cell in first] == [
+        "1 in flight",
+        "HF",
+        "0",
+        "16.0 GiB",
+        "1.0 GiB",
+        "2.0 GiB",
+        "1.0 GiB",
+    ]
+    assert [cell.split("  ")[0] for cell in second] == ["", "", "1", "16.0 GiB", "-", "3.0 GiB", ""]
+
+
+@pytest.mark.usefixtures("no_charts")
+def test_each_server_has_the_gpus_on_which_it_held_memory_and_the_cores_that_it_used(tmp_path: Path) -> None:
+    folder = make_small(tmp_path)
+    change_json(folder / "environment.json", gpus=[{"name": "A", "memory_bytes": 2**34, "driver": "1"}] * 2)
+    gpus = {"0": "hf", "1": "vllm"}
+    series = {Series("gpu_process_memory_bytes", server=server, gpu=gpu): [2.0**30] * 6 for gpu, server in gpus.items()}
+    series |= {Series("gpu_utilization_ratio", gpu=gpu): [0.25 + int(gpu) / 2] * 6 for gpu in gpus}
+    series |= {Series("gpu_power_watts", gpu=gpu): [100.0 + int(gpu)] * 6 for gpu in gpus}
+    series[Series("host_cpu_seconds_total", server="hf")] = [1.05 * second for second in range(6)]
+    pieces = []
+    for cell in load(folder).cells:
+        at = timeline(series)
+        pieces.append(at.set_column(0, "time_ns", pa.array([ns + cell.start_ns for ns in at["time_ns"].to_pylist()])))
+    write_timeline(folder / "timeline" / "1.arrow", pa.concat_tables(pieces))
+    text = page(folder)
+    busy = text[text.index("busy time and power") :].split("</tr>")[0]
+    assert re.findall(r'<td class="n">(.*?)</td>', busy) == [
+        "GPU&nbsp;0: 25.0%, 100&nbsp;W",
+        "GPU&nbsp;1: 75.0%, 101&nbsp;W",
+    ]
+    assert "the first second of each steady window is left out" in text
+    used = text[text.index("processor cores that its processes used") :].split("</tr>")[0]
+    assert re.findall(r'<td class="n">(.*?)</td>', used) == ["1.05", "-"]
+
+
+@pytest.mark.usefixtures("no_charts")
+def test_equal_gpus_are_counted_and_the_variables_of_a_run_are_told(tmp_path: Path) -> None:
+    folder = make_small(tmp_path)
+    gpu = {"name": "NVIDIA H200", "memory_bytes": 2**34, "driver": "1"}
+    variables = {"VLLM_ALLREDUCE_USE_FLASHINFER": "0", "VLLM_NO_USAGE_STATS": "<1>"}
+    change_json(folder / "environment.json", gpus=[gpu, gpu, gpu | {"name": "other"}], variables=variables)
+    text = page(folder)
+    assert "2 cores, 2 x NVIDIA H200, other." in text
+    assert "2 x NVIDIA H200 16.0 GiB, driver 1, other 16.0 GiB, driver 1." in text
+    assert "VLLM_ALLREDUCE_USE_FLASHINFER=0, VLLM_NO_USAGE_STATS=&lt;1&gt;." in text
 
 
 @pytest.mark.usefixtures("no_charts")

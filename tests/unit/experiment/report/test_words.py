@@ -232,6 +232,31 @@ def test_of_many_targets_the_one_that_gains_most_is_told_in_full() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("held_on", "first", "unlike"),
+    [
+        ({"hf": ["0"], "one": ["0"], "two": ["0", "1"]}, "one", "two"),
+        # Which GPUs a server is on says nothing of how many.
+        ({"hf": ["0"], "one": ["1"], "two": ["2", "3"]}, "one", "two"),
+        ({"hf": ["0", "1"], "one": ["0"], "two": ["0", "1"]}, "two", "one"),
+        # There is none on as many, or the monitor cannot tell.
+        ({"hf": ["0"], "one": ["0", "1"], "two": ["0", "1"]}, "two", "one, two"),
+        ({"hf": [], "one": ["0"], "two": ["0", "1"]}, "two", ""),
+        ({"hf": ["0"], "one": [], "two": []}, "two", ""),
+    ],
+)
+def test_the_headline_is_of_servers_on_as_many_gpus_as_the_baseline(
+    held_on: dict[str, list[str]], first: str, unlike: str
+) -> None:
+    ratios = {name: {"output_throughput": RATIO | {"value": value}} for name, value in (("one", 2.0), ("two", 3.0))}
+    targets = {name: {"held_on": gpus, "memory": {}} for name, gpus in held_on.items()}
+    found = summary({}, levels=[{"level": 4, "ratios": ratios, "targets": targets}])
+    told = frame("en", ("hf", "one", "two"))
+    assert f"At concurrency 4 {first} made" in sentence.verdict(told, found)
+    named = [one for one in sentence.details(told, found) if "GPUs" in one]
+    assert named == ([f"Not on as many GPUs as HF: {unlike}."] if unlike else [])
+
+
 def test_in_an_open_loop_the_time_from_the_schedule_is_compared() -> None:
     found = {"vllm": {"output_throughput": EQUAL, "e2e_seconds": EQUAL, "response_seconds": RATIO | {"value": 3}}}
     told = sentence.verdict(frame("en", closed=False), summary(found))
