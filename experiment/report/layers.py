@@ -17,7 +17,7 @@ from experiment.run.kv import REASONS
 from experiment.words import Words
 
 # What is drawn of the device and the allocator.
-LINES = {"allocated": "#e69f00", "reserved": "#8c959f", "used": "#56b4e9", "reserved by the driver": "#8c959f"}
+LINES = {"allocated": "#e69f00", "reserved": "#8c959f", "used": "#8c959f", "reserved by the driver": "#e69f00"}
 # What a KV cache is used for, from the bottom of its panel to the top.
 PARTS = {
     "live": "#009e73",
