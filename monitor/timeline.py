@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 log = logging.getLogger(__name__)
 
 STAMPS = 2
-# Blocks of rows in a ring whose maxima are kept: each is of half a second when the ring is of 30 minutes, at any rate.
-BLOCKS = 4096
+# Blocks of rows in a ring whose maxima are kept: each is of two seconds when the ring is of 30 minutes, at any rate.
+BLOCKS = 1024
 # Series that are remembered as left out, and lines that are logged about them.
 MAX_LEFT_OUT, MAX_LINES = 1000, 20
 
