@@ -25,8 +25,9 @@ ORIGINAL = (0.91, 0.09)
 
 
 def times(ratio: JSON) -> str:
-    """A ratio with its interval."""
-    return f"{ratio['value']:,.2f} ({ratio['low']:,.2f} to {ratio['high']:,.2f})"
+    """A ratio with its interval, which one repeat does not have."""
+    interval = "" if ratio["low"] is None else f" ({ratio['low']:,.2f} to {ratio['high']:,.2f})"
+    return f"{ratio['value']:,.2f}{interval}"
 
 
 def row(*cells: object) -> str:
@@ -95,7 +96,7 @@ def rates(summary: JSON) -> Iterator[str]:
         yield row(
             f"{level['level']:g}",
             target,
-            f"{figures['normalized_latency']['mean']:.3f} s/token",
+            f"{figures['normalized_latency']:.3f} s/token",
             f"{figures['ttft_seconds']['p50']:.3f} s",
             f"{figures['output_throughput_mean']:,.0f}",
             f"{figures['memory']['kv']['running']['max']:.0f}",
