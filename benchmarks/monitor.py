@@ -1,10 +1,11 @@
 """`python -m benchmarks.monitor`: what the monitor costs, how late its samples are, and what it does to a server.
 
-All servers are resident and under load while a monitor is measured. Each rate has a monitor of its own. Its CPU is
-that of the whole process, HTTP server and host included, and beside it that of the threads which sample the GPUs;
-without a GPU only the host is sampled. A bare loop and `nvidia-smi --loop-ms`, where there is a GPU, ask for the same
-memory as often as they can at that rate. An exporter that the user has installed is scraped as the monitor is. The CPU
-of a scrape is what scrapes cost beyond the share that goes on without them.
+All servers are resident and under load while a monitor is measured. Each rate has a monitor of its own. Its CPU is that
+of the whole process, HTTP server and host included; beside it are that of all threads which sample the GPUs, and that
+of those which read memory and processes. Without a GPU only the host is sampled. A bare loop and `nvidia-smi
+--loop-ms`, where there is a GPU, ask for the same memory as often as they can at that rate. An exporter that the user
+has installed is scraped as the monitor is. The CPU of a scrape is what scrapes cost beyond the share that goes on
+without them.
 """
 
 import argparse
@@ -40,7 +41,8 @@ from benchmarks.serving import JSON, Servers, closed_loop
 from experiment.environment import describe
 from experiment.run.stack import Program, RunError, end, get
 
-SETTLE_SECONDS, START_SECONDS = 3.0, 900.0
+# So that what the monitor slows down, it has slowed down: it looks every 5 s.
+SETTLE_SECONDS, START_SECONDS = 16.0, 900.0
 # What a monitor may take of a core by default, and what it must be allowed for each sample a second to take them all.
 MAX_CPU, SAMPLE_CPU_SECONDS = 0.02, 1e-4
 LATENESS, MISSED = "monitor_sample_lateness_seconds", "monitor_samples_missed"
@@ -86,11 +88,12 @@ def cost(hz: int, seconds: float, program: Program) -> JSON:
     wall = (time.monotonic_ns() - begun) / 1e9
     cpu, sampling = cpu_seconds(pid) - before, scrape(program)
     name = "headroom_monitor_source_cpu_seconds_total"
-    used = {key[1]: value - sources.get(key, 0.0) for key, value in sampling.items() if key[0] == name}
-    gpus = [source for source in used if source.startswith("gpu")]
+    used = {key[1:]: value - sources.get(key, 0.0) for key, value in sampling.items() if key[0] == name}
+    gpus = {source for source, _ in used if source.startswith("gpu")}
     late, ticks = lateness(program, begun, "gpu" if gpus else "host", hz)
     # What looks for GPUs ("nvml") is a part of what it takes to sample them.
-    share = sum(seconds for source, seconds in used.items() if source != "host") / wall
+    share = sum(seconds for (source, _), seconds in used.items() if source != "host") / wall
+    fast = sum(seconds for (_, thread), seconds in used.items() if thread.endswith("-fast")) / wall
     return {
         "hz": hz,
         "memory": memory(sampling),
@@ -99,7 +102,8 @@ def cost(hz: int, seconds: float, program: Program) -> JSON:
         "samples_missed": len(late) - ticks,
         "cpu_share": cpu / wall,
         "gpu_sampling_cpu_share": share if gpus else None,
-        "cpu_seconds_per_sample": share * wall / ticks if gpus and ticks else None,
+        "gpu_memory_cpu_share": fast if gpus else None,
+        "cpu_seconds_per_sample": fast * wall / ticks if gpus and ticks else None,
         "lateness_seconds": quantiles(late),
         **scrape_cost(program, cpu / wall),
     }
@@ -192,10 +196,11 @@ def ms(times: JSON) -> str:
 
 def line(found: JSON) -> str:
     """One rate of the monitor."""
-    gpu = "-" if found["gpu_sampling_cpu_share"] is None else f"{found['gpu_sampling_cpu_share']:.2%}"
+    names = ("gpu_sampling_cpu_share", "gpu_memory_cpu_share")
+    gpu = ["-" if found[name] is None else f"{found[name]:.2%}" for name in names]
     each = "-" if found["cpu_seconds_per_sample"] is None else f"{found['cpu_seconds_per_sample'] * 1e6:.1f} us"
     taken = f"{found['samples_per_second']:.1f} ({found['samples_missed']})"
-    row = [f"{found['hz']} Hz", taken, f"{found['cpu_share']:.2%}", gpu, each]
+    row = [f"{found['hz']} Hz", taken, f"{found['cpu_share']:.2%}", *gpu, each]
     row += [ms(found["lateness_seconds"]), ms(found["scrape_seconds"]), scraped(found)]
     return f"| {' | '.join(row)} |"
 
@@ -221,8 +226,8 @@ def held(gpus: JSON) -> str:
     return "\n".join(lines) or "no GPU: no memory by server on one"
 
 
-HEAD = """| asked | samples/s (missed) | CPU | for GPUs | a sample | late ms p50, p99, max | scrape ms | its CPU |
-|---|---|---|---|---|---|---|---|"""
+HEAD = """| asked | samples/s (missed) | CPU | GPUs | memory | each | late ms p50, p99, max | scrape ms | its CPU |
+|---|---|---|---|---|---|---|---|---|"""
 
 
 def beside(bench: Bench, logs: Path, found: JSON) -> None:

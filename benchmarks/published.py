@@ -140,10 +140,10 @@ def interference(alone: JSON, together: JSON) -> Iterator[str]:
 
 def sampling(monitor: JSON) -> Iterator[str]:
     """What the monitor takes, beside a bare loop and nvidia-smi."""
-    yield from table("program", "asked", "samples/s", "of a core, for GPUs", "late p99", "scrape p99")
+    yield from table("program", "asked", "samples/s", "of a core", "late p99", "scrape p99")
     for one in monitor["monitor"]:
         late, scrape = (f"{one[name]['p99'] * 1e3:.2f} ms" for name in ("lateness_seconds", "scrape_seconds"))
-        share = f"{one['gpu_sampling_cpu_share']:.2%}"
+        share = f"{one['gpu_sampling_cpu_share']:.2%}, {one['gpu_memory_cpu_share']:.2%} of it for memory"
         yield row("monitor", f"{one['hz']} Hz", f"{one['samples_per_second']:.0f}", share, late, scrape)
     for key, name in (("bare_loop", "a loop that reads the memory alone"), ("nvidia_smi", "nvidia-smi")):
         for one in monitor[key]:

@@ -51,7 +51,7 @@ METRICS = {
     "monitor_sample_rate_wanted_hertz": ("Samples a second that were asked for", SOURCE),
     "monitor_sample_lateness_seconds": ("How late the last sample began", SOURCE),
     "monitor_sample_lateness_max_seconds": ("How late a sample began at most in the last 120 seconds", SOURCE),
-    "monitor_source_cpu_seconds_total": ("CPU time of the source's threads", SOURCE),
+    "monitor_source_cpu_seconds_total": ("CPU time of the source's threads", ("source", "thread")),
     "monitor_cpu_seconds_total": ("CPU time of the monitor, all threads", NONE),
     "monitor_nvml_errors_total": ("NVML calls that failed, those of no GPU under an empty name", ("gpu", "call")),
     "monitor_series_left_out": ("Series that find no room in the timeline, as of too many servers", NONE),
@@ -72,7 +72,6 @@ STATES: dict[str, Callable[[Source, int], float | None]] = {
     "monitor_sample_rate_hertz": lambda source, _: source.hz,
     "monitor_sample_rate_wanted_hertz": lambda source, _: source.wanted_hz,
     "monitor_sample_lateness_seconds": lambda source, _: source.lateness,
-    "monitor_source_cpu_seconds_total": lambda source, _: source.cpu_seconds,
 }
 # By metric and the values of its labels.
 Values = defaultdict[str, dict[tuple[str, ...], float]]
@@ -146,6 +145,8 @@ class TimelineCollector(Collector):
                 value = state(source, now_ns)
                 if value is not None:
                     values[name][source.name,] = value
+            for sampler in source.samplers:
+                values["monitor_source_cpu_seconds_total"][source.name, sampler.name] = sampler.cpu_seconds
         values["monitor_series_left_out"][()] = self._timeline.left_out(now_ns - STALE_NS)
         if self.scrape_seconds is not None:
             values["monitor_scrape_duration_seconds"][()] = self.scrape_seconds

@@ -304,8 +304,3 @@ class Source:
     def success_wall_ns(self) -> int | None:
         """Wall time of the last sample that went well."""
         return self.main.success_wall_ns
-
-    @property
-    def cpu_seconds(self) -> float:
-        """CPU that its threads have used."""
-        return sum(sampler.cpu_seconds for sampler in self.samplers)

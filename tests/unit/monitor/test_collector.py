@@ -19,7 +19,8 @@ DEVICE = Device("1", "GPU-1234", "NVIDIA H200", "580.00", handle=None, tiers=fro
 
 def source(name: str, *, up: bool, success_wall_ns: int | None = None) -> Source:
     known = SimpleNamespace(name=name, up=lambda now_ns: up and now_ns == NOW_NS, success_wall_ns=success_wall_ns)
-    known.wanted_hz, known.hz, known.samples, known.missed, known.lateness, known.cpu_seconds = 100, 97, 9, 3, 0.25, 1.5
+    known.wanted_hz, known.hz, known.samples, known.missed, known.lateness = 100, 97, 9, 3, 0.25
+    known.samplers = [SimpleNamespace(name=f"{name}-{tier}", cpu_seconds=1.5) for tier in ("fast", "slow")]
     return cast(Source, known)
 
 
@@ -104,7 +105,7 @@ def registry() -> CollectorRegistry:
         ("monitor_sample_lateness_max_seconds", {"source": "host"}, 1.0),
         ("monitor_sample_rate_hertz", {"source": "host"}, 97.0),
         ("monitor_sample_rate_wanted_hertz", {"source": "gpu1"}, 100.0),
-        ("monitor_source_cpu_seconds_total", {"source": "gpu1"}, 1.5),
+        ("monitor_source_cpu_seconds_total", {"source": "gpu1", "thread": "gpu1-slow"}, 1.5),
         ("monitor_series_left_out", {}, 2.0),
     ],
 )
