@@ -25,7 +25,7 @@ from experiment.environment import describe
 from experiment.options import Options
 from experiment.plan.plan import Plan, Target
 from experiment.run.compare import FAILED, INTERRUPTED, new_folder
-from experiment.run.kv import LOADED_NS, Sampler
+from experiment.run.kv import Sampler
 from experiment.run.model import token_of_vllm
 from experiment.run.stack import RunError, Stack
 
@@ -40,6 +40,8 @@ DEFAULTS = {"model": "random:gpt2", "max-model-len": "512", "gpu-memory-utilizat
 NAMES = {"hf": "HF", "vllm": "vLLM"}
 # Between inputs, as in the original; in it the servers' memory is sampled at least once.
 REST_SECONDS = 1.2
+# Fine enough to see the KV cache of a small model, which answers within 50 ms.
+SAMPLE_NS = 20_000_000
 WARMUP_TOKENS = 4
 
 Stages = list[tuple[str, Reading]]
@@ -145,7 +147,7 @@ class Session:
         token = token_of_vllm(self._plan, self._url, self._target.args) if vllm else None
         sampler = Sampler(self._target.kind, self._url, self._samples, token)
         try:
-            sampler.pace(LOADED_NS)
+            sampler.pace(SAMPLE_NS)
             ask_at_once(self._url, self._model, INPUTS, WARMUP_TOKENS)
             loaded = self._read("stage_loaded", rest(REST_SECONDS))
             self._show.line("loaded", name=self._name)

@@ -114,8 +114,8 @@ async def test_past_the_drain_what_runs_and_what_waits_ends_with_an_error(
 ) -> None:
     server = start(*ENGINES[engine], "--drain-seconds", "0.5")
     running, waiting = await begin_one_and_queue_one(session, server, 1500)
-    server.interrupt()
     signalled = time.monotonic()
+    server.interrupt()
     chunks, last = await rest_of(running)
     error = json.loads(last)["error"]
     assert (error["message"], error["type"], error["code"]) == (SHUTTING_DOWN, "unavailable", 503)
