@@ -133,10 +133,9 @@ compare() {
     if [ -z "$run" ]; then
         limited "${headroom[@]}" compare --out "$runs" "$@" || code=$?
         run=$(newest "$runs")
-    elif grep -qs '"complete"' "$run/status.json"; then # stopped while its report was written
+    elif before=$(completed "$run") && grep -qs '"complete"' "$run/status.json"; then # its report may be missing
         limited "${headroom[@]}" report "$run" || code=$?
     else
-        before=$(completed "$run")
         limited "${headroom[@]}" compare --resume "$run" || code=$?
     fi
     progress=$((progress + $(completed "$run") - before))
@@ -167,7 +166,6 @@ benchmark() {
 # Each server on a GPU of its own, under load one at a time and then together.
 own_gpus() {
     local plan="$FOLDER/own-gpus.yaml"
-    # Unlike a padded batch, continuous batching is near enough to vLLM that both do much while both are under load.
     cat >"$plan" <<END
 preset: quick
 targets:

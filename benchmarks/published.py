@@ -7,6 +7,7 @@ beside it.
 
 import argparse
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -76,9 +77,9 @@ def client(runs: Mapping[str, JSON]) -> Iterator[str]:
     yield from table("run", "of a core at most", "loop lag p99 at most", "GPU busy under vLLM at the highest level")
     for name, summary in runs.items():
         clients = [cell["client"] for cell in summary["cells"]]
-        # Of cells shorter than a second the share is not known.
-        share = max(one["cpu_share"] for one in clients if one["cpu_share"] is not None)
-        lag = max(one["loop_lag_p99_seconds"] for one in clients if one["loop_lag_p99_seconds"] is not None)
+        # Neither is known of a cell shorter than a second.
+        known = [one for one in clients if one["cpu_share"] is not None and one["loop_lag_p99_seconds"] is not None]
+        share, lag = (max((one[n] for one in known), default=math.nan) for n in ("cpu_share", "loop_lag_p99_seconds"))
         targets = summary["levels"][-1]["targets"]
         busy = [
             gpu["utilization"]["mean"]
@@ -245,7 +246,8 @@ def page(folder: Path) -> str:
         ladder, same = runs["ladder"], runs["same-memory"]
         parts["What each rung adds"] = steps(ladder, same)
         parts["KV cache: same-memory beside the paper"] = cache(same)
-        parts["Beside other claims"] = claims(ladder, same, files["classic"])
+    if {"ladder", "same-memory"} <= {*runs} and "classic" in files:
+        parts["Beside other claims"] = claims(runs["ladder"], runs["same-memory"], files["classic"])
     if "two-gpus" in runs:
         parts["One server on two GPUs"] = spread(runs["two-gpus"])
     if {"own-gpus-alone", "own-gpus-together"} <= {*runs}:

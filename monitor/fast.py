@@ -84,7 +84,7 @@ class Fast:
             gpu.busy["fast"] = False
 
     def _parts_due(self, time_ns: int, memory: Memory | None) -> bool:
-        """Tell whether the processes are to be read: at once when the memory in use has changed, else now and then."""
+        """Tell whether the processes are to be read: now and then, and at once, within their share, after a change."""
         passed_ns = time_ns - self._read_ns
         if passed_ns >= self._calm_ns:
             return True

@@ -98,10 +98,10 @@ class Gpus:
         return {(gpu.gpu, reason): sec for gpu in self.found.values() for reason, sec in gpu.throttled.items()}
 
     def _govern(self, _: float) -> bool:
-        others = {"fast": self._reading.used}
         for tier, governor in self._governors.items():
             used = sum(gpu.cpu_seconds(tier) for gpu in self.found.values())
-            governor.review(self._clock(), used - others.get(tier, 0.0))
+            # The threads that read the memory read the lists of processes too, which have a share of their own.
+            governor.review(self._clock(), used - (self._reading.used if tier == "fast" else 0.0))
         return True
 
     def _watch(self, _: float) -> bool:

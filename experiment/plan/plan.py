@@ -48,7 +48,10 @@ class Target(Checked):
     kind: Literal["hf", "vllm", "url"] = Field(description="servers.hf, servers.vllm, or any OpenAI-compatible server")
     args: str = Field("", description="hf, vllm: arguments for the server that is started, as one string")
     gpus: str = Field(
-        "", pattern="^([0-9]+(,[0-9]+)*)?$", description="hf, vllm: the GPUs it is given, as 0 or 0,1; default: all"
+        "",
+        pattern="^([0-9]+(,[0-9]+)*)?$",
+        coerce_numbers_to_str=True,
+        description="hf, vllm: GPUs by nvidia-smi's numbers, as 0 or 0,1; default: all",
     )
     url: str = Field("", pattern="^(https?://.+)?$", description="use the server there instead of starting one")
     model: str = Field("", description="model to ask a server at a URL for; default: the first that it offers")

@@ -22,6 +22,8 @@ from loadtest import records
 LOCUSTFILE = Path(records.__file__).with_name("locustfile.py")
 LOADTEST_STOP_SECONDS = 15
 JUDGE_SECONDS = 1.0
+# In a cell's folder while it runs: see Work.enough.
+ENOUGH = "enough"
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class Work:
     @property
     def enough(self) -> Path:
         """What tells a load generator that all those at work have what they are to measure at least."""
-        return self.folder / "enough"
+        return self.folder / ENOUGH
 
 
 def run_cells(bench: Bench, cells: Sequence[Cell], folder: Path, report: Callable[[int], None]) -> None:
@@ -131,7 +133,7 @@ def _command(bench: Bench, cell: Cell, target: Target, folder: Path) -> list[str
     if cell.arrival == "closed":
         options |= {"users": cell.level, "spawn-rate": cell.level, "min-seconds": plan.goes_on_seconds}
         if plan.together and plan.goes_on_seconds:
-            options["until-file"] = folder / "enough"
+            options["until-file"] = folder / ENOUGH
     else:
         options |= {"users": 1, "arrival": cell.arrival, "rate": cell.level}
     locust = [sys.executable, "-m", "locust", "-f", str(LOCUSTFILE), "--headless", "--only-summary"]

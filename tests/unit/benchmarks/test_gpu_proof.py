@@ -121,6 +121,14 @@ def test_a_cell_that_does_not_fit_into_a_piece_is_told_rather_than_tried_for_eve
     assert proof.states() == {"quick": "failed", "doctor": "done"}
 
 
+def test_cells_of_a_comparison_that_was_done_before_are_no_progress_of_the_next(proof: Proof) -> None:
+    assert proof.call("own-gpus", PIECE_SECONDS="3", STOP_SECONDS="1", FAILS="--together")[0] == 1
+    piece = {"PIECE_SECONDS": "3", "STOP_SECONDS": "1", "CELLS": "0", "RETRY": "1"}
+    code, output = proof.call("own-gpus", **piece)
+    assert code == 1, output
+    assert "own-gpus got no further with a piece to itself" in output
+
+
 def test_a_run_that_was_stopped_while_its_report_was_written_is_reported(proof: Proof) -> None:
     assert proof.call("quick", PIECE_SECONDS="3", STOP_SECONDS="1", REPORT_SECONDS="30")[0] == 3
     proof.asked()

@@ -398,10 +398,12 @@ def test_a_server_is_given_the_gpus_that_the_plan_says_by_the_numbers_of_the_mon
         given[log.stem] = {name: value for name, value in environment.items() if name.startswith("CUDA")}
         return sleeper.process
 
-    targets = [{"name": "one", "kind": "hf", "gpus": "1"}, {"name": "all", "kind": "hf"}]
+    given_gpus: dict[str, Any] = {"one": {"gpus": 1}, "two": {"gpus": "0,1"}, "all": {}}
+    targets = [{"name": name, "kind": "hf"} | more for name, more in given_gpus.items()]
     made = Stack(make_plan(targets=targets), tmp_path, lambda _: None)
     monkeypatch.setattr(stack, "spawn", spawn)
     monkeypatch.setattr(stack, "_is_up", lambda _: True)
     made.start()
     assert given["one"] == {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": "1"}
+    assert given["two"]["CUDA_VISIBLE_DEVICES"] == "0,1"
     assert given["all"] == given["monitor"] == {}
