@@ -109,28 +109,28 @@ def inside(time_ns: Moments, windows: Sequence[Window]) -> Flags:
 
 
 def cache_figures(cache: Cache, windows: Sequence[Window]) -> JSON | None:
-    """Mean and maximum of a KV cache in some windows, shares of the mean allocated, and the quality of the samples.
+    """Mean over time and maximum of a KV cache in some windows, shares of the mean allocated, quality of the samples.
 
     Live tokens and waste have a `low` and a `high`, which are equal where the server counts them itself; there are none
     where the counts are of blocks. None without a sample.
     """
-    chosen = inside(cache.time_ns, windows)
-    if not chosen.any():
+    within = inside(cache.time_ns, windows)
+    if not within.any():
         return None
-    size = cache.token_bytes or 1
-    values = {name: _mean_and_max(counts[chosen] * size) for name, counts in cache.counts.items()}
+    held_ns, size = _held_ns(cache.time_ns, windows), cache.token_bytes or 1
+    values = {name: _mean_and_max(counts * size, held_ns) for name, counts in cache.counts.items()}
     parts = (name for name in ("live", *REASONS) if f"{name}_low" in values)
     return {
         "unit": "bytes" if cache.token_bytes else cache.unit,
         "live_source": cache.source,
         "block_size": cache.block_size,
-        "samples": int(chosen.sum()),
-        "samples_per_second": float(chosen.sum() / sum(end - start for start, end in windows) * 1e9),
+        "samples": int(within.sum()),
+        "samples_per_second": float(within.sum() / sum(end - start for start, end in windows) * 1e9),
         "missed": int(cache.missed[inside(cache.missed_ns, windows)].sum()),
-        "broken": int(cache.broken[chosen].sum()),
+        "broken": int(cache.broken[within].sum()),
         "capacity": values["capacity"],
         "allocated": values["allocated"],
-        "running": _mean_and_max(cache.running[chosen]),
+        "running": _mean_and_max(cache.running, held_ns),
         "parts": {part: _part(part, values) for part in parts},
     }
 
@@ -141,8 +141,18 @@ def _part(part: str, values: Mapping[str, JSON]) -> JSON:
     return found | {"share": [found[end]["mean"] / allocated if allocated else None for end in ("low", "high")]}
 
 
-def _mean_and_max(values: Floats) -> JSON:
-    return {"mean": float(values.mean()), "max": float(values.max())}
+def _mean_and_max(values: Floats, held_ns: Floats) -> JSON:
+    chosen = held_ns > 0
+    return {"mean": float(np.average(values[chosen], weights=held_ns[chosen])), "max": float(values[chosen].max())}
+
+
+def _held_ns(time_ns: Moments, windows: Sequence[Window]) -> Floats:
+    """For how long each sample holds inside some windows: until the next, or a gap."""
+    end_ns = np.minimum(np.append(time_ns[1:], time_ns[-1:] + GAP_NS), time_ns + GAP_NS)
+    held_ns = np.zeros(len(time_ns))
+    for first_ns, last_ns in windows:
+        held_ns += np.maximum(0, np.minimum(end_ns, last_ns) - np.maximum(time_ns, first_ns))
+    return held_ns
 
 
 def _of_monitor(timeline: pa.Table, targets: Collection[str]) -> Iterator[Series]:
@@ -173,16 +183,8 @@ def over_time(series: Series, windows: Sequence[Window]) -> JSON | None:
     A sample holds until the next or a gap, so that the first of a window is the last one before it: some series are
     sampled more often while they change.
     """
-    begin_ns = series.time_ns
-    end_ns = np.minimum(np.append(begin_ns[1:], begin_ns[-1:] + GAP_NS), begin_ns + GAP_NS)
-    held_ns = np.zeros(len(begin_ns))
-    for first_ns, last_ns in windows:
-        held_ns += np.maximum(0, np.minimum(end_ns, last_ns) - np.maximum(begin_ns, first_ns))
-    chosen = held_ns > 0
-    if not chosen.any():
-        return None
-    values = series.values[chosen]
-    return {"mean": float(np.average(values, weights=held_ns[chosen])), "max": float(values.max())}
+    held_ns = _held_ns(series.time_ns, windows)
+    return _mean_and_max(series.values, held_ns) if held_ns.any() else None
 
 
 def runs(time_ns: Moments, gap_ns: int = GAP_NS) -> Moments:

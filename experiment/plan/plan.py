@@ -1,5 +1,6 @@
 """What a comparison runs, defined once: plan.yaml, the command line and the environment derive from it."""
 
+import re
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -49,7 +50,6 @@ class Target(Checked):
     args: str = Field("", description="hf, vllm: arguments for the server that is started, as one string")
     gpus: str = Field(
         "",
-        pattern="^([0-9]+(,[0-9]+)*)?$",
         coerce_numbers_to_str=True,
         description="hf, vllm: GPUs by nvidia-smi's numbers, as 0 or 0,1; default: all",
     )
@@ -67,6 +67,13 @@ class Target(Checked):
         if name in RESERVED:
             raise ValueError(f"expected another name than {' or '.join(RESERVED)}")
         return name
+
+    @field_validator("gpus")
+    @classmethod
+    def _are_numbers(cls, gpus: str) -> str:
+        if gpus and not re.fullmatch("[0-9]+(,[0-9]+)*", gpus):
+            raise ValueError("expected numbers with commas between them, as 0 or 0,1")
+        return gpus
 
     @field_validator("args")
     @classmethod

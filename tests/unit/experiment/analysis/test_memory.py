@@ -95,13 +95,21 @@ def test_figures_are_those_of_the_windows_and_of_the_server() -> None:
 
 def test_a_ledger_gives_bytes_and_shares_that_add_up_to_one() -> None:
     rows = [kv_row(SECOND), kv_row(2 * SECOND, allocated=30, live=26, skipped=3)]
-    found = gather(None, {"hf": kv_table(*rows)}, {}).figures("hf", [(0, 4 * SECOND)])["kv"]
+    found = gather(None, {"hf": kv_table(*rows)}, {}).figures("hf", [(0, 3 * SECOND)])["kv"]
     assert (found["unit"], found["live_source"], found["block_size"]) == ("bytes", "ledger", None)
     assert found["allocated"] == {"mean": 20 * 4096, "max": 30 * 4096}
     assert found["capacity"]["max"] == 100 * 4096
     assert found["parts"]["live"]["share"] == [0.8, 0.8]
     assert sum(part["share"][0] for part in found["parts"].values()) == pytest.approx(1)
-    assert (found["samples"], found["samples_per_second"], found["missed"], found["broken"]) == (2, 0.5, 3, 0)
+    assert (found["samples"], found["samples_per_second"], found["missed"], found["broken"]) == (2, 2 / 3, 3, 0)
+
+
+def test_the_mean_of_a_cache_is_over_time() -> None:
+    """The server answered late under load: two samples of a second, of which the last holds for four fifths of it."""
+    rows = [kv_row(SECOND, allocated=10, live=10), kv_row(SECOND + SECOND // 5, allocated=30, live=15)]
+    found = gather(None, {"hf": kv_table(*rows)}, {}).figures("hf", [(SECOND, 2 * SECOND)])["kv"]
+    assert found["allocated"]["mean"] == pytest.approx(26 * 4096)
+    assert found["parts"]["live"]["share"][0] == pytest.approx(14 / 26)
 
 
 def test_bounds_of_live_give_bounds_of_the_waste() -> None:

@@ -167,7 +167,7 @@ def test_a_number_of_requests_goes_before_all_that_would_make_one() -> None:
         ({"targets": [{"name": "a", "kind": "url"}]}, "kind url needs a url"),
         ({"targets": [{"name": "a", "kind": "hf", "url": "http://b", "args": "-x"}]}, "args are for a server"),
         ({"targets": [{"name": "a", "kind": "hf", "url": "http://b", "gpus": "0"}]}, "gpus are for a server"),
-        ({"targets": [{"name": "a", "kind": "hf", "gpus": "0;1"}]}, "gpus"),
+        ({"targets": [{"name": "a", "kind": "hf", "gpus": "0;1"}]}, "numbers with commas between them"),
         ({"targets": [{"name": "a", "kind": "hf", "model": "b"}]}, "model is for a server at a url"),
         ({"targets": [{"name": "a", "kind": "hf", "server": "b"}]}, "server is for a server at a url"),
         (

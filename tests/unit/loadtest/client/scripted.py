@@ -11,8 +11,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 from loadtest.client.connection import Connection, Exchange
+from loadtest.outcome import make_record
 from loadtest.records import Record
-from loadtest.run import make_record
 from loadtest.work.workloads import Request
 
 REQUEST = Request(index=4, prompt="x", max_tokens=2, temperature=0.0, seed=0)
