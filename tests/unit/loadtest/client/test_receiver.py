@@ -45,7 +45,8 @@ class Streams:
         """Send the same to all, and wait until it was read."""
         for end in self._ends:
             end.sendall(data)
-        gevent.sleep(4 * LONG_GATHER_SECONDS)
+        for _ in range(4):  # the loop reads in between, also when it stood still for longer
+            gevent.sleep(LONG_GATHER_SECONDS)
 
 
 @pytest.fixture(params=[True, False], ids=["awaited", "not awaited"])
