@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import get_args
+from typing import Any, get_args
 
 import altair as alt
 import numpy as np
@@ -93,7 +93,7 @@ def _draw(drawing: Drawing, memory: Memory, cells: Sequence[JSON]) -> str:
     for number, (title, parts) in enumerate(panels, 1):
         bands = _bands(drawing, cells, words("axis.time") if number == len(panels) else None)
         layered.append(alt.layer(*bands, *parts).properties(width=drawing.width, height=HEIGHT, title=heading(title)))
-    whole = alt.vconcat(*layered, spacing=14).resolve_scale(x="shared", color="independent")
+    whole = alt.vconcat(*layered, spacing=14).resolve_scale(x="shared", color="independent", strokeDash="independent")
     return svg(whole, f"{words.language}-{drawing.name}")
 
 
@@ -184,16 +184,16 @@ def _points(drawing: Drawing, own: Sequence[Series]) -> Iterator[JSON]:
 def _lines(drawing: Drawing, title: str, rows: Sequence[JSON]) -> tuple[str, list[alt.Chart]]:
     scale, unit = unit_of(max(row["value"] for row in rows))
     colors = {row["name"]: row["color"] for row in rows}
+    dashes = {row["name"]: [4, 3] if row["dashed"] else [1, 0] for row in rows}
     points = [
-        {name: row[name] for name in ("name", "dashed", "run", "seconds")} | {"value": row["value"] / scale}
-        for row in rows
+        {name: row[name] for name in ("name", "run", "seconds")} | {"value": row["value"] / scale} for row in rows
     ]
     lines = table(points).mark_line(strokeWidth=1.5, interpolate="step-after")
     y = alt.Y("value:Q", title=drawing.frame.words.named("unit", unit), axis=alt.Axis(tickCount=4))
-    dash = alt.condition("datum.dashed", alt.value([4, 3]), alt.value([1, 0]))
-    return title, [
-        lines.encode(x="seconds:Q", y=y, detail="run:N", color=_color(drawing, colors, "stroke"), strokeDash=dash)
-    ]
+    # With the same legend both are one.
+    color = alt.Color("name:N", **_by_name(drawing, colors, "stroke"))
+    dash = alt.StrokeDash("name:N", **_by_name(drawing, dashes, "stroke"))
+    return title, [lines.encode(x="seconds:Q", y=y, detail="run:N", color=color, strokeDash=dash)]
 
 
 def _areas(drawing: Drawing, target: str, cache: Cache, sampled: Flags) -> tuple[str, list[alt.Chart]]:
@@ -219,7 +219,8 @@ def _areas(drawing: Drawing, target: str, cache: Cache, sampled: Flags) -> tuple
     room = amount(words, cache.counts["capacity"][sampled].max() * size, "bytes" if cache.token_bytes else cache.unit)
     key = "layer.kv" if drawing.name == "memory" else "layer.kv_short"
     title = words(key, target=drawing.frame.name(target), room=room)
-    areas = area.encode(x="seconds:Q", y=y, y2="to:Q", detail="run:N", color=_color(drawing, used, "square"))
+    color = alt.Color("name:N", **_by_name(drawing, used, "square"))
+    areas = area.encode(x="seconds:Q", y=y, y2="to:Q", detail="run:N", color=color)
     return title, [areas, *_gaps(drawing, steps)]
 
 
@@ -258,10 +259,10 @@ def _parts(cache: Cache) -> dict[str, Floats]:
     return {"live": cache.counts["live_low"], "live or unused": unknown} | sure
 
 
-def _color(drawing: Drawing, colors: Mapping[str, str], symbol: str) -> alt.Color:
-    scale = alt.Scale(domain=list(colors), range=list(colors.values()))
-    legend = legend_on_top(offset=18, symbolType=symbol, columns=columns(colors, drawing.width))
-    return alt.Color("name:N", title=None, scale=scale, legend=legend)
+def _by_name(drawing: Drawing, looks: Mapping[str, Any], symbol: str) -> JSON:
+    """Scale and legend of a channel that tells names apart."""
+    legend = legend_on_top(offset=18, symbolType=symbol, columns=columns(looks, drawing.width))
+    return {"title": None, "scale": alt.Scale(domain=list(looks), range=list(looks.values())), "legend": legend}
 
 
 def unit_of(most: float) -> tuple[int, str]:
