@@ -9,7 +9,6 @@ limit of the server and the least that a client costs.
 
 import argparse
 import json
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -20,6 +19,7 @@ from pathlib import Path
 from resource import RLIMIT_NOFILE, getrlimit, setrlimit
 from statistics import median
 
+from benchmarks.peers import compiled
 from benchmarks.peers.drivers import CLIENTS, Load, UnavailableError
 from benchmarks.peers.probe import TRIES, Session
 from experiment.environment import describe
@@ -31,7 +31,6 @@ TTFT_SECONDS, ITL_SECONDS = 0.05, 0.02
 TTFT_LIMITS = (0.001, 0.005)
 LEAST_STREAMS = 8
 CPU_STREAMS, CPU_TRIES = 256, 3
-DRAIN = Path(__file__).parent / "peers" / "drain.c"
 
 
 @dataclass(frozen=True)
@@ -97,11 +96,7 @@ class Drain:
     """The C program that takes what the server sends and keeps nothing; raises OSError without a compiler."""
 
     def __init__(self, bench: Bench, url: str, folder: Path):
-        compiler = shutil.which("cc")
-        if compiler is None:
-            raise OSError("cc: not found: a C compiler is needed for benchmarks/peers/drain.c (Debian: gcc, libc6-dev)")
-        self._bench, self._url, self._program = bench, url, folder / "drain"
-        subprocess.run([compiler, "-O2", "-o", self._program, DRAIN], check=True)
+        self._bench, self._url, self._program = bench, url, compiled("drain", folder)
 
     def run(self, streams: int) -> tuple[bool, float]:
         """Take so many streams: whether the server kept its schedule, and our CPU seconds."""

@@ -2,10 +2,10 @@
 
 All servers are resident and under load while a monitor is measured. Each rate has a monitor of its own. Its CPU is that
 of the whole process, HTTP server and host included; beside it are that of all threads which sample the GPUs, and that
-of those which read memory and processes. Without a GPU only the host is sampled. A bare loop and `nvidia-smi
---loop-ms`, where there is a GPU, ask for the same memory as often as they can at that rate. An exporter that the user
-has installed is scraped as the monitor is. The CPU of a scrape is what scrapes cost beyond the share that goes on
-without them.
+of those which read memory and processes. Without a GPU only the host is sampled. Bare loops, in Python and in C, and
+`nvidia-smi --loop-ms`, where there is a GPU, ask for the same memory as often as they can at that rate. An exporter
+that the user has installed is scraped as the monitor is. The CPU of a scrape is what scrapes cost beyond the share that
+goes on without them.
 """
 
 import argparse
@@ -27,10 +27,12 @@ import pyarrow.compute as pc
 from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks import kv_sampling, serving
+from benchmarks.peers import compiled
 from benchmarks.peers.watchers import (
     EXPORTER,
     HOW,
     bare_loop,
+    c_loop,
     cpu_seconds,
     exporter_cost,
     nvidia_smi,
@@ -238,6 +240,7 @@ def beside(bench: Bench, logs: Path, found: JSON) -> None:
     for hz in bench.hz if found["monitor"][-1]["gpus"] else ():
         found["bare_loop"].append(one := bare_loop(hz, bench.seconds))
         print(f"a bare loop at {hz} Hz: {one['samples_per_second']:.1f} samples/s, {one['cpu_share']:.2%} of a core")
+    found["c_loop"] = loops_in_c(bench, logs) if found["monitor"][-1]["gpus"] else []
     for hz in bench.hz if theirs else ():
         found["nvidia_smi"].append(one := nvidia_smi(str(theirs), hz, bench.seconds))
         print(f"nvidia-smi at {hz} Hz: {one['samples_per_second']:.1f} samples/s, {one['cpu_share']:.2%} of a core")
@@ -248,6 +251,20 @@ def beside(bench: Bench, logs: Path, found: JSON) -> None:
     found["exporter"] = one = exporter_cost(Path(program), logs / "exporter.log", bench.seconds)
     share, times = f"{one['cpu_share']:.2%} of a core", ms(one["scrape_seconds"])
     print(f"{one['exporter']}: {share}, a scrape {times} ms (p50, p99, max) and {scraped(one)} of CPU", flush=True)
+
+
+def loops_in_c(bench: Bench, folder: Path) -> list[JSON]:
+    """Measure a bare loop in C at each rate, and print what it costs, or why it cannot be had; raises RunError."""
+    try:
+        program = compiled("watch", folder)
+    except OSError as error:
+        print(f"no loop in C: {error}")
+        return []
+    found = [c_loop(program, hz, bench.seconds) for hz in bench.hz]
+    for one in found:
+        costs = f"{one['cpu_share']:.2%} of a core, {one['waking_cpu_share']:.2%} of it to wake up"
+        print(f"the same in C at {one['hz']} Hz: {one['samples_per_second']:.1f} samples/s, {costs}")
+    return found
 
 
 def run(bench: Bench, found: JSON) -> None:
@@ -286,7 +303,7 @@ def parse(arguments: Sequence[str]) -> tuple[Bench, Path | None]:
 def main() -> int:
     """Run the benchmark; 1 when a program failed. What was measured before an interruption is kept."""
     bench, out = parse(sys.argv[1:])
-    found: JSON = {"monitor": [], "bare_loop": [], "nvidia_smi": [], "exporter": None, "slowdown": []}
+    found: JSON = {"monitor": [], "bare_loop": [], "c_loop": [], "nvidia_smi": [], "exporter": None, "slowdown": []}
     try:
         run(bench, found)
     except RunError as error:

@@ -146,9 +146,13 @@ def sampling(monitor: JSON) -> Iterator[str]:
         late, scrape = (f"{one[name]['p99'] * 1e3:.2f} ms" for name in ("lateness_seconds", "scrape_seconds"))
         share = f"{one['gpu_sampling_cpu_share']:.2%}, {one['gpu_memory_cpu_share']:.2%} of it for memory"
         yield row("monitor", f"{one['hz']} Hz", f"{one['samples_per_second']:.0f}", share, late, scrape)
-    for key, name in (("bare_loop", "a loop that reads the memory alone"), ("nvidia_smi", "nvidia-smi")):
+    beside = {"bare_loop": "a loop that reads the memory alone", "c_loop": "the same in C", "nvidia_smi": "nvidia-smi"}
+    for key, name in beside.items():
         for one in monitor[key]:
-            yield row(name, f"{one['hz']} Hz", f"{one['samples_per_second']:.0f}", f"{one['cpu_share']:.2%}", "", "")
+            share = f"{one['cpu_share']:.2%}"
+            if "waking_cpu_share" in one:
+                share += f", {one['waking_cpu_share']:.2%} of it to wake up"
+            yield row(name, f"{one['hz']} Hz", f"{one['samples_per_second']:.0f}", share, "", "")
     yield ""
     for gpu, held in monitor["monitor"][-1]["memory"].items():
         share = held["parts"]["unattributed"] / held["used"]

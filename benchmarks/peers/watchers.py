@@ -1,6 +1,6 @@
-"""Others that watch a GPU beside the monitor: a bare loop, `nvidia-smi`, and an exporter for Prometheus.
+"""Others that watch a GPU beside the monitor: bare loops, `nvidia-smi`, and an exporter for Prometheus.
 
-The bare loop is the least that sampling takes in Python: it sleeps, and asks NVML for the memory of one GPU.
+A bare loop is the least that sampling takes, in Python or in C: it sleeps, and asks NVML for the memory of one GPU.
 
 nvitop-exporter reads NVML as the monitor does, about once a second. The user installs it, see HOW; nothing is put into
 the project's own environment. Exporters that start `nvidia-smi` for each scrape cost what that costs.
@@ -87,6 +87,17 @@ def _loop(hz: int, seconds: float) -> JSON:
         time.sleep(max(0.0, begun + samples / hz - now))
     wall = time.monotonic() - begun
     return {"hz": hz, "samples_per_second": samples / wall, "cpu_share": (time.thread_time() - cpu) / wall}
+
+
+def c_loop(program: Path, hz: int, seconds: float) -> JSON:
+    """What the same takes in C (watch.c), and what it takes there just to wake up; raises RunError."""
+    command = [str(program), str(hz), str(seconds)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=4 * seconds + START_SECONDS, check=False)
+    if done.returncode:
+        raise RunError(f"the loop in C ended with {done.returncode}: {done.stderr.strip()}")
+    reading, waking = ([float(word) for word in line.split()] for line in done.stdout.splitlines())
+    shares = {"cpu_share": reading[2] / reading[1], "waking_cpu_share": waking[2] / waking[1]}
+    return {"hz": hz, "samples_per_second": reading[0] / reading[1], **shares}
 
 
 def nvidia_smi(program: str, hz: int, seconds: float) -> JSON:

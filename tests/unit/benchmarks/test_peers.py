@@ -2,15 +2,14 @@
 
 import json
 import os
-import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from benchmarks.client import DRAIN
-from benchmarks.peers import drivers
+from benchmarks import peers
+from benchmarks.peers import compiled, drivers
 from benchmarks.peers.drivers import CLIENTS, Load, UnavailableError
 from benchmarks.peers.probe import Session
 from loadtest.reference.probe import Seen, reference, stamps
@@ -24,13 +23,16 @@ def url() -> Iterator[str]:
         yield url
 
 
+@pytest.mark.parametrize("name", ["drain", "watch"])
+def test_a_c_compiler_has_nothing_to_say_of(name: str, tmp_path: Path) -> None:
+    source = Path(peers.__file__).parent / f"{name}.c"
+    command = ["cc", "-O2", "-Wall", "-Wextra", "-Werror", "-o", str(tmp_path / name), str(source)]
+    subprocess.run(command, check=True)
+
+
 def test_the_c_program_takes_every_stream_to_its_end(url: str, tmp_path: Path) -> None:
-    compiler = shutil.which("cc")
-    assert compiler, "cc: apt-get install gcc libc6-dev"
-    drain = tmp_path / "drain"
-    subprocess.run([compiler, "-O2", "-Wall", "-Wextra", "-Werror", "-o", drain, DRAIN], check=True)
     since = stamps(url)[0]["next"]
-    command = [str(drain), url.rpartition(":")[2], "12", "7", "0.1"]
+    command = [str(compiled("drain", tmp_path)), url.rpartition(":")[2], "12", "7", "0.1"]
     said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.split()
     assert said[0] == "12"
     assert 0 < float(said[1]) < 1
@@ -39,8 +41,7 @@ def test_the_c_program_takes_every_stream_to_its_end(url: str, tmp_path: Path) -
 
 
 def test_the_c_program_says_what_it_wants_and_what_it_could_not_reach(tmp_path: Path) -> None:
-    drain = tmp_path / "drain"
-    subprocess.run(["cc", "-o", drain, DRAIN], check=True)  # noqa: S607
+    drain = compiled("drain", tmp_path)
     assert "usage: drain PORT" in subprocess.run([drain], capture_output=True, text=True, check=False).stderr
     refused = subprocess.run([drain, "9", "1", "1", "1"], capture_output=True, text=True, check=False)
     assert (refused.returncode, refused.stderr.startswith("drain: connect")) == (1, True)

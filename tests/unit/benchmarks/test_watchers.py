@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.peers import watchers
+from benchmarks.peers import compiled, watchers
 from experiment.run.stack import RunError
+from tests.fake_nvml.fake import GIB, Script, build
 
 # Burns 0.3 s when it starts, prints as nvidia-smi does and holds all back until a SIGINT.
 SMI = """
@@ -96,3 +97,22 @@ def test_an_exporter_that_ends_is_an_error_with_its_log(tmp_path: Path) -> None:
 def test_without_nvml_the_bare_loop_says_so() -> None:
     with pytest.raises(RunError, match="NVML"):
         watchers.bare_loop(10, 1)
+
+
+def test_the_loop_in_c_tells_what_reading_takes_from_what_waking_up_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = Script(tmp_path / "script").add("device 0", 80 * GIB).add("work 0 1e9 0 memory 0.005")
+    script.save()
+    monkeypatch.setenv("LD_LIBRARY_PATH", str(build(tmp_path).parent))
+    monkeypatch.setenv("FAKE_NVML_SCRIPT", str(script.path))
+    found = watchers.c_loop(compiled("watch", tmp_path), 50, 1)
+    assert 35 < found["samples_per_second"] < 51
+    # 5 ms in each 20 ms, or a little more often where it makes up for late ones.
+    assert 0.15 < found["cpu_share"] < 0.4
+    assert found["waking_cpu_share"] < 0.05
+
+
+def test_without_nvml_the_loop_in_c_says_so(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"ended with 1: watch: libnvidia-ml\.so\.1"):
+        watchers.c_loop(compiled("watch", tmp_path), 10, 1)
