@@ -14,6 +14,7 @@ DETAILS_HZ = 1
 # they share may. Where there are GPUs it is their memory that matters.
 ALONE, BESIDE_GPUS = (10, 0.9, 0.1), (5, 0.1, 0.05)
 LATENESS = Series("monitor_sample_lateness_seconds", detail="host")
+MISSED = Series("monitor_samples_missed", detail="host")
 CPU = Series("monitor_cpu_seconds_total")
 
 
@@ -30,14 +31,16 @@ def make_host(timeline: Timeline, processes: Processes, rates: Rates, *, beside_
     """Sample memory and CPU of the processes, once a second their threads and files, and in between what is shared."""
     most_hz, share, shared = BESIDE_GPUS if beside_gpus else ALONE
     hz = min(rates.hz, most_hz)
-    # Five metrics of each server and our lateness; two of each and our CPU.
-    often = timeline.ring("host", rates.seconds * hz, 5 * MAX_SERVERS + 1)
+    # Five metrics of each server, our lateness and what was missed; two of each and our CPU.
+    often = timeline.ring("host", rates.seconds * hz, 5 * MAX_SERVERS + 2)
     seldom = timeline.ring("host-details", rates.seconds * DETAILS_HZ, 2 * MAX_SERVERS + 1)
     often.keep(LATENESS)
+    often.keep(MISSED)
     seldom.keep(CPU)
 
     def read(lateness: float) -> bool:
-        often.append(processes.read() | {LATENESS: lateness})
+        missed = {MISSED: main.behind} if main.behind else {}
+        often.append(processes.read() | {LATENESS: lateness} | missed)
         return True
 
     def read_details(_: float) -> bool:
