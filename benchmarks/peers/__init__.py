@@ -7,7 +7,7 @@ from pathlib import Path
 
 def compiled(name: str, folder: Path) -> Path:
     """Compile the C program of that name into a folder; raises OSError without a compiler."""
-    compiler = shutil.which("cc")
+    compiler = shutil.which("cc") or shutil.which("gcc")
     if compiler is None:
         raise OSError(f"cc: not found: a C compiler is needed for benchmarks/peers/{name}.c (Debian: gcc, libc6-dev)")
     program = folder / name
