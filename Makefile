@@ -41,24 +41,24 @@ worker: .venv/ready-worker  ## send requests for a load test whose master is on 
 		$(BIN)/python -m locust -f loadtest/locustfile.py --worker --master-host "$(MASTER)" --master-port $(PORT) \
 		|| ended=$$?; done; exit $$ended  # 5: cut off from the master
 
-# A shared machine stands still at times, for longer than any bound on a time foresees: what fails with real servers runs
-# once more, by itself in a new process. What fails twice fails.
-define pytest-real
+# A shared machine stands still at times, for longer than any bound on a time foresees: what fails runs once more, by
+# itself in a new process. What fails twice fails.
+define pytest-twice
 $(BIN)/pytest $(1) $(2) || { test $$? = 1 && echo "Once more, by itself, what failed:" && \
 		$(BIN)/pytest $(1) --last-failed --last-failed-no-failures none; }
 endef
 
 test: check  ## everything that must pass: lint, types, unit tests, tests with the real servers
-	$(BIN)/pytest tests/unit -n 2 --dist loadfile --no-loadscope-reorder
-	$(call pytest-real,tests/integration -m "not alone",-n 2 --dist loadfile --no-loadscope-reorder)
-	$(call pytest-real,tests/integration -m alone)
+	$(call pytest-twice,tests/unit,-n 2 --dist loadfile --no-loadscope-reorder)
+	$(call pytest-twice,tests/integration -m "not alone",-n 2 --dist loadfile --no-loadscope-reorder)
+	$(call pytest-twice,tests/integration -m alone)
 	$(if $(filter yes,$(DOCKER)),@$(MAKE) test-system,\
 		@echo "Not run: tests/system, which needs Docker with Compose v2; where that is: make test-system")
 
 .PHONY: test-system
 test-system: .venv/ready-dev  ## the containers: built, brought up, loaded, killed
 	@test $(DOCKER) = yes || { docker info; docker compose version; echo "make test-system needs both" >&2; exit 1; }
-	$(call pytest-real,tests/system)
+	$(call pytest-twice,tests/system)
 
 .PHONY: gpu-proof
 gpu-proof: .venv/ready-dev  ## everything that a GPU can show, a piece of it at each call: docs/gpu.md
