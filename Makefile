@@ -41,15 +41,15 @@ worker: .venv/ready-worker  ## send requests for a load test whose master is on 
 		$(BIN)/python -m locust -f loadtest/locustfile.py --worker --master-host "$(MASTER)" --master-port $(PORT) \
 		|| ended=$$?; done; exit $$ended  # 5: cut off from the master
 
-# A shared machine stands still at times, for longer than any bound on a time foresees: what fails runs once more, by
-# itself in a new process. What fails twice fails.
+# A shared machine stands still at times, for longer than any bound on a time foresees: what fails with real servers runs
+# once more, by itself in a new process. What fails twice fails.
 define pytest-twice
 $(BIN)/pytest $(1) $(2) || { test $$? = 1 && echo "Once more, by itself, what failed:" && \
 		$(BIN)/pytest $(1) --last-failed --last-failed-no-failures none; }
 endef
 
 test: check  ## everything that must pass: lint, types, unit tests, tests with the real servers
-	$(call pytest-twice,tests/unit,-n 2 --dist loadfile --no-loadscope-reorder)
+	$(BIN)/pytest tests/unit -n 2 --dist loadfile --no-loadscope-reorder
 	$(call pytest-twice,tests/integration -m "not alone",-n 2 --dist loadfile --no-loadscope-reorder)
 	$(call pytest-twice,tests/integration -m alone)
 	$(if $(filter yes,$(DOCKER)),@$(MAKE) test-system,\

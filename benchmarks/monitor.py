@@ -62,7 +62,7 @@ class Bench:
 
 @contextmanager
 def monitor(hz: int, servers: Servers) -> Iterator[Program]:
-    """A monitor that never slows down; it keeps a few minutes."""
+    """A monitor at a rate; it keeps a few minutes."""
     program = servers.start(f"monitor-{hz}", ["monitor", "--port", "{port}", *options(hz)], {})
     try:
         servers.wait()
@@ -240,7 +240,8 @@ def beside(bench: Bench, logs: Path, found: JSON) -> None:
     for hz in bench.hz if found["monitor"][-1]["gpus"] else ():
         found["bare_loop"].append(one := bare_loop(hz, bench.seconds))
         print(f"a bare loop at {hz} Hz: {one['samples_per_second']:.1f} samples/s, {one['cpu_share']:.2%} of a core")
-    found["c_loop"] = loops_in_c(bench, logs) if found["monitor"][-1]["gpus"] else []
+    if found["monitor"][-1]["gpus"]:
+        loops_in_c(bench, logs, found["c_loop"])
     for hz in bench.hz if theirs else ():
         found["nvidia_smi"].append(one := nvidia_smi(str(theirs), hz, bench.seconds))
         print(f"nvidia-smi at {hz} Hz: {one['samples_per_second']:.1f} samples/s, {one['cpu_share']:.2%} of a core")
@@ -253,18 +254,17 @@ def beside(bench: Bench, logs: Path, found: JSON) -> None:
     print(f"{one['exporter']}: {share}, a scrape {times} ms (p50, p99, max) and {scraped(one)} of CPU", flush=True)
 
 
-def loops_in_c(bench: Bench, folder: Path) -> list[JSON]:
-    """Measure a bare loop in C at each rate, and print what it costs, or why it cannot be had; raises RunError."""
+def loops_in_c(bench: Bench, folder: Path, found: list[JSON]) -> None:
+    """Measure a bare loop in C at each rate, print what it costs, or why it cannot be had; raises RunError."""
     try:
         program = compiled("watch", folder)
     except OSError as error:
         print(f"no loop in C: {error}")
-        return []
-    found = [c_loop(program, hz, bench.seconds) for hz in bench.hz]
-    for one in found:
-        costs = f"{one['cpu_share']:.2%} of a core, {one['waking_cpu_share']:.2%} of it to wake up"
-        print(f"the same in C at {one['hz']} Hz: {one['samples_per_second']:.1f} samples/s, {costs}")
-    return found
+        return
+    for hz in bench.hz:
+        found.append(one := c_loop(program, hz, bench.seconds))
+        costs = f"{one['cpu_share']:.2%} of a core, {one['waking_cpu_share']:.2%} where it only wakes up"
+        print(f"the same in C at {hz} Hz: {one['samples_per_second']:.1f} samples/s, {costs}")
 
 
 def run(bench: Bench, found: JSON) -> None:

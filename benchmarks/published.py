@@ -97,7 +97,7 @@ def rates(summary: JSON) -> Iterator[str]:
         yield row(
             f"{level['level']:g}",
             target,
-            f"{figures['normalized_latency']:.3f} s/token",
+            f"{figures['normalized_latency'] * 1e3:.1f} ms/token",
             f"{figures['ttft_seconds']['p50']:.3f} s",
             f"{figures['output_throughput_mean']:,.0f}",
             f"{figures['memory']['kv']['running']['max']:.0f}",
@@ -144,14 +144,14 @@ def sampling(monitor: JSON) -> Iterator[str]:
     yield from table("program", "asked", "samples/s", "of a core", "late p99", "scrape p99")
     for one in monitor["monitor"]:
         late, scrape = (f"{one[name]['p99'] * 1e3:.2f} ms" for name in ("lateness_seconds", "scrape_seconds"))
-        share = f"{one['gpu_sampling_cpu_share']:.2%}, {one['gpu_memory_cpu_share']:.2%} of it for memory"
+        share = f"{one['gpu_sampling_cpu_share']:.2%} (memory: {one['gpu_memory_cpu_share']:.2%})"
         yield row("monitor", f"{one['hz']} Hz", f"{one['samples_per_second']:.0f}", share, late, scrape)
     beside = {"bare_loop": "a loop that reads the memory alone", "c_loop": "the same in C", "nvidia_smi": "nvidia-smi"}
     for key, name in beside.items():
         for one in monitor[key]:
             share = f"{one['cpu_share']:.2%}"
             if "waking_cpu_share" in one:
-                share += f", {one['waking_cpu_share']:.2%} of it to wake up"
+                share += f" (waking up alone: {one['waking_cpu_share']:.2%})"
             yield row(name, f"{one['hz']} Hz", f"{one['samples_per_second']:.0f}", share, "", "")
     yield ""
     for gpu, held in monitor["monitor"][-1]["memory"].items():
@@ -277,6 +277,9 @@ def main() -> int:
     parser.add_argument("folder", type=Path, help="folder with the data")
     parser.add_argument("--against", type=Path, help="folder of another run, whose verdicts are held against these")
     given = parser.parse_args()
+    for folder in (given.folder, given.against):
+        if folder and not folder.is_dir():
+            parser.error(f"{folder}: expected a folder with results")
     print("\n".join(agreement(given.folder, given.against)) if given.against else page(given.folder))
     return 0
 

@@ -27,7 +27,7 @@ def url() -> Iterator[str]:
 def test_a_c_compiler_has_nothing_to_say_of(name: str, tmp_path: Path) -> None:
     source = Path(peers.__file__).parent / f"{name}.c"
     command = ["cc", "-O2", "-Wall", "-Wextra", "-Werror", "-o", str(tmp_path / name), str(source)]
-    subprocess.run(command, check=True)
+    assert subprocess.run(command, capture_output=True, text=True, check=False).stderr == ""
 
 
 def test_the_c_program_takes_every_stream_to_its_end(url: str, tmp_path: Path) -> None:
@@ -94,3 +94,18 @@ def test_the_records_of_aiperf_are_in_milliseconds_and_those_with_an_error_are_l
 
     (tmp_path / "profile_export.jsonl").write_text(f"{row('a')}\n{row('b', error={'code': 500})}\n")
     assert list(drivers.read_aiperf(tmp_path)) == [Seen("a", 0.05, 0.02)]
+
+
+def test_without_a_compiler_it_is_said_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(OSError, match=r"cc, gcc: not found.*watch\.c \(Debian: gcc, libc6-dev\)"):
+        compiled("watch", tmp_path)
+
+
+def test_what_a_compiler_has_against_a_program_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    failing = tmp_path / "cc"
+    failing.write_text("#!/bin/sh\necho no headers >&2\nexit 1\n")
+    failing.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    with pytest.raises(OSError, match=r"watch\.c cannot be compiled: no headers"):
+        compiled("watch", tmp_path)

@@ -173,6 +173,8 @@ def test_every_layer_has_a_panel_and_the_cells_are_marked(tmp_path: Path) -> Non
     for word in ("unattributed", "live or unused", "fragmentation", "padding", "seconds since the first cell began"):
         assert word in chart
     assert "finished" not in chart  # there were none
+    # The line and its symbol in the legend.
+    assert chart.count('stroke-dasharray="4,3"') == 2
     assert all(color in chart for color in look.COLORS[:2])
 
 
