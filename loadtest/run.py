@@ -119,7 +119,8 @@ class Run:
         # The index after the last measured request of each target: it moves on until `min_seconds` are over, and until
         # there is an `until_file`.
         self._measured_end = dict.fromkeys(shares, measured_end)
-        self._measured_since: dict[str, float] = {}
+        # When the first of each target's measured requests that have ended was sent, and when the last one ended.
+        self._measured_ns: dict[str, tuple[int, int]] = {}
         for target in shares:
             api_key(target)
         schedules = {target: schedule(options) for target in shares}
@@ -189,11 +190,9 @@ class Run:
         return json.dumps(request.chat_body(model) if chat else request.body(model)).encode()
 
     def _send(self, target: str, request: Request, body: bytes, scheduled_ns: int | None) -> Exchange:
-        if self._phase(target, request) == "measured":
-            self._measured_since.setdefault(target, time.monotonic())
-            if not self._measuring:
-                self._measuring = True
-                self._self_check.begin()
+        if self._phase(target, request) == "measured" and not self._measuring:
+            self._measuring = True
+            self._self_check.begin()
         connection = self._idle[target].pop() if self._idle[target] else self._connect(target)
         path = PATHS[self.options.endpoint]
         if self._watcher:
@@ -220,6 +219,9 @@ class Run:
         record = make_record(request, exchange, secret=key, target=target, phase=self._phase(target, request), **fields)
         if record.error_detail and key:  # an error's own words may hold it too
             record = replace(record, error_detail=record.error_detail.replace(key, "***"))
+        if record.phase == "measured":
+            sent_ns, end_ns = self._measured_ns.get(target, (record.sent_ns, record.end_ns))
+            self._measured_ns[target] = min(sent_ns, record.sent_ns), max(end_ns, record.end_ns)
         self._self_check.sent(record.late_seconds)
         self._self_check.received(record.chunk_ns, exchange.answer.pieces)
         self._append(record)
@@ -277,12 +279,11 @@ class Run:
 
     def _goes_on(self, target: str, request: Request) -> bool:
         """Whether a request that would be the first of the drain is still to be measured."""
-        since, until = self._measured_since.get(target), self.options.until_file
-        return (
-            request.index == self._measured_end[target]
-            and since is not None
-            and (time.monotonic() < since + self.options.min_seconds or bool(until and not Path(until).exists()))
-        )
+        if request.index != self._measured_end[target] or not self.options.min_seconds:
+            return False
+        sent_ns, end_ns = self._measured_ns.get(target, (0, 0))
+        until = self.options.until_file
+        return end_ns - sent_ns < self.options.min_seconds * 1e9 or bool(until and not Path(until).exists())
 
     def _end(self, target: str) -> int | None:
         """The index after the target's last request, as far as is known; None: there is no end."""
