@@ -20,6 +20,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 
 import pyarrow as pa
@@ -93,9 +94,10 @@ def cost(hz: int, seconds: float, program: Program) -> JSON:
     used = {key[1:]: value - sources.get(key, 0.0) for key, value in sampling.items() if key[0] == name}
     gpus = {source for source, _ in used if source.startswith("gpu")}
     late, ticks = lateness(program, begun, "gpu" if gpus else "host", hz)
+    threads = {key: seconds / wall for key, seconds in sorted(used.items())}
     # What looks for GPUs ("nvml") is a part of what it takes to sample them.
-    share = sum(seconds for (source, _), seconds in used.items() if source != "host") / wall
-    fast = sum(seconds for (_, thread), seconds in used.items() if thread.endswith("-fast")) / wall
+    share = sum(one for (source, _), one in threads.items() if source != "host")
+    fast = sum(one for (_, thread), one in threads.items() if thread.endswith("-fast"))
     return {
         "hz": hz,
         "memory": memory(sampling),
@@ -103,6 +105,7 @@ def cost(hz: int, seconds: float, program: Program) -> JSON:
         "samples_per_second": ticks / wall,
         "samples_missed": len(late) - ticks,
         "cpu_share": cpu / wall,
+        "thread_cpu_shares": {thread: one for (_, thread), one in threads.items()},
         "gpu_sampling_cpu_share": share if gpus else None,
         "gpu_memory_cpu_share": fast if gpus else None,
         "cpu_seconds_per_sample": fast * wall / ticks if gpus and ticks else None,
@@ -207,6 +210,12 @@ def line(found: JSON) -> str:
     return f"| {' | '.join(row)} |"
 
 
+def apart(found: JSON) -> str:
+    """What each thread that samples takes, the dearest first."""
+    shares = sorted(found["thread_cpu_shares"].items(), key=itemgetter(1), reverse=True)
+    return f"of a core at {found['hz']} Hz: {', '.join(f'{thread} {share:.2%}' for thread, share in shares)}"
+
+
 def scraped(found: JSON) -> str:
     """CPU time of one scrape."""
     return f"{found['cpu_seconds_per_scrape'] * 1e3:.2f} ms"
@@ -281,6 +290,8 @@ def run(bench: Bench, found: JSON) -> None:
                 with monitor(hz, servers) as program:
                     found["monitor"].append(cost(hz, bench.seconds, program))
                 print(line(found["monitor"][-1]), flush=True)
+            for one in found["monitor"]:
+                print(apart(one), flush=True)
             print(held(found["monitor"][-1]["memory"]), flush=True)
             beside(bench, Path(name), found)
         found["slowdown"] = slowdown(bench, servers)

@@ -10,13 +10,12 @@ from typing import Any
 import pynvml
 
 from monitor.nvml import Device
-from monitor.sampler import CLOCKS, Clocks
-from monitor.timeline import Series, Timeline
+from monitor.timeline import CLOCKS, Clocks, Series, Timeline
 
 log = logging.getLogger(__name__)
 
 # How long one wait inside NVML takes at most: NVML is closed after a wait has ended.
-WAIT_MS = 500
+WAIT_MS = 2000
 # Seconds until the next try after an error, and while there is nothing to wait for.
 PAUSE = 0.5
 # Seconds in which a wait must have ended.

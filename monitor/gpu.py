@@ -12,8 +12,8 @@ import pynvml
 from monitor.fast import Fast
 from monitor.nvml import DEAR, FAST, LOST, SLOW, UNSUPPORTED, Call, Device, Values
 from monitor.processes import Processes
-from monitor.sampler import CLOCKS, SECOND, Allowance, Clocks, Governor, Sampler, Schedule, Source, within
-from monitor.timeline import Ring, Series, Timeline
+from monitor.sampler import SECOND, Allowance, Governor, Sampler, Schedule, Source, within
+from monitor.timeline import CLOCKS, Clocks, Ring, Series, Timeline
 
 log = logging.getLogger(__name__)
 

@@ -13,8 +13,8 @@ from monitor.events import Events, Xid
 from monitor.gpu import PROCESSES_SHARE, SHARES, Gpu, Rates, Sampling
 from monitor.nvml import Device, Found, close_nvml, mig_devices, open_nvml
 from monitor.processes import Processes
-from monitor.sampler import CLOCKS, SECOND, Allowance, Clocks, Governor, Sampler, Schedule, Source
-from monitor.timeline import Timeline
+from monitor.sampler import SECOND, Allowance, Governor, Sampler, Schedule, Source
+from monitor.timeline import CLOCKS, Clocks, Timeline
 
 log = logging.getLogger(__name__)
 

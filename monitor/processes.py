@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from monitor import procfs
-from monitor.timeline import Clock, Readings, Series, now
+from monitor.timeline import Readings, Series
 
 # Less than a second by two samples at 10 Hz, so that a new process is in the readings within a second.
 SCAN_EVERY_NS = 800_000_000
@@ -56,7 +56,7 @@ class Processes:
     are those of the host, as NVML's may be; if not, a process gets memory of a GPU only if it has one open.
     """
 
-    def __init__(self, clock: Clock = now) -> None:
+    def __init__(self, clock: Callable[[], int] = time.monotonic_ns) -> None:
         self.generation = 0
         self.of_host = procfs.in_host_namespace()
         self._clock = clock
@@ -127,7 +127,7 @@ class Processes:
         a moment, as when there are too many open files, is absent meanwhile. Before Linux 6.17 the kernel's count of
         resident pages may be off by some MiB on machines with many cores. Raises OSError when /proc cannot be listed.
         """
-        time_ns = self._clock().time_ns
+        time_ns = self._clock()
         if time_ns >= self._next_scan_ns:
             self.scan()
             self._next_scan_ns = time_ns + SCAN_EVERY_NS
@@ -168,7 +168,7 @@ class Processes:
         while True:
             if members := self._members:
                 oldest = min(members, key=lambda pid: members[pid].shared_ns)
-                process, now_ns = members[oldest], self._clock().time_ns
+                process, now_ns = members[oldest], self._clock()
                 if process.shared_ns < 0 or (not owed and now_ns - process.shared_ns >= SHARED_NS):
                     process.shared_ns, process.shared_bytes = now_ns, procfs.shared_bytes(oldest)
             after = cpu_clock()
@@ -202,7 +202,7 @@ class Processes:
             readings[Series("host_pss_bytes", server)] += max(0, resident - size)
             oldest_ns[server] = min(time_ns, oldest_ns.get(server, time_ns))
         # After all else, because a reading may be newer than the start of this tick.
-        now_ns = self._clock().time_ns
+        now_ns = self._clock()
         for server, oldest in oldest_ns.items():
             readings[Series("host_pss_age_seconds", server)] = (now_ns - oldest) / 1e9
         return {series: value for series, value in readings.items() if series.server not in unknown}

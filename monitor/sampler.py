@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
+from monitor.timeline import CLOCKS, Clocks
+
 log = logging.getLogger(__name__)
 
 SECOND = 1_000_000_000
@@ -20,17 +22,6 @@ BURST_SECONDS = 5.0
 # Reviews in a row that must leave room before a slowed source goes faster again, and how much room.
 CALM_REVIEWS = 6
 ROOM = 0.8
-
-
-@dataclass(frozen=True)
-class Clocks:
-    """The clocks that sampling goes by, both in ns: CLOCK_MONOTONIC, and wall time to tell people."""
-
-    time_ns: Callable[[], int] = time.monotonic_ns
-    wall_ns: Callable[[], int] = time.time_ns
-
-
-CLOCKS = Clocks()
 
 
 class Sampler(threading.Thread):

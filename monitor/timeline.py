@@ -7,6 +7,7 @@ import threading
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -21,20 +22,18 @@ BLOCKS = 1024
 MAX_LEFT_OUT, MAX_LINES = 1000, 20
 
 
-class Instant(NamedTuple):
-    """One moment on two clocks: CLOCK_MONOTONIC and wall time, both in ns."""
-
-    time_ns: int
-    wall_ns: int
-
-
-Clock = Callable[[], Instant]
 Cells = NDArray[np.float64]
 
 
-def now() -> Instant:
-    """Read both clocks of this host."""
-    return Instant(time.monotonic_ns(), time.time_ns())
+@dataclass(frozen=True)
+class Clocks:
+    """The clocks that sampling goes by, both in ns: CLOCK_MONOTONIC, and wall time to tell people."""
+
+    time_ns: Callable[[], int] = time.monotonic_ns
+    wall_ns: Callable[[], int] = time.time_ns
+
+
+CLOCKS = Clocks()
 
 
 class Series(NamedTuple):
@@ -59,20 +58,21 @@ class Ring:
     A column whose values have all been overwritten is given to the next new series, so that servers may come and go.
     """
 
-    def __init__(self, capacity: int, width: int, clock: Clock = now) -> None:
+    def __init__(self, capacity: int, width: int, clocks: Clocks = CLOCKS) -> None:
         self.capacity = capacity
         # Never changed in place, because readers may be going through it.
         self.columns: dict[Series, int] = {}
         # When each series that found no column was last left out (CLOCK_MONOTONIC, ns), the latest last.
         self.left_out: dict[Series, int] = {}
         self._width = width
-        self._clock = clock
+        self._time_ns, self._wall_ns = clocks.time_ns, clocks.wall_ns
         self._lock = threading.Lock()
         self._count = 0
         self._cells: Cells = np.full((capacity, STAMPS + width), math.nan)
         self._stamps = self._cells.view(np.int64)
         self._bytes = self._cells.data.cast("B")
-        self._row = struct.Struct(f"{STAMPS}q{width}d")
+        row = struct.Struct(f"{STAMPS}q{width}d")
+        self._pack, self._row_size = row.pack_into, row.size
         # The maxima of each block of rows that is full, with one block to spare for those that are read meanwhile.
         self.block = -(-capacity // BLOCKS)
         self._maxima: Cells = np.full((-(-capacity // self.block) + 1, width), math.nan)
@@ -123,17 +123,17 @@ class Ring:
             self._lines += 1
             last = "; no more is said of it" if self._lines == MAX_LINES else ""
             log.warning("%s is left out: all %d columns of its kind are taken%s", series, self._width, last)
-        self.left_out[series] = self._clock().time_ns
+        self.left_out[series] = self._time_ns()
         if len(self.left_out) > MAX_LEFT_OUT:
             del self.left_out[next(iter(self.left_out))]
 
     def put(self, values: Sequence[float]) -> None:
         """Stamp a row with the present moment and keep it; it has a value, or NaN, for each column."""
         with self._lock:
-            at = self._clock()
-            self._row.pack_into(self._bytes, self._count % self.capacity * self._row.size, *at, *values)
-            self._count += 1
             count = self._count
+            at = count % self.capacity * self._row_size
+            self._pack(self._bytes, at, self._time_ns(), self._wall_ns(), *values)
+            self._count = count = count + 1
         if count % self.block == 0:
             block = count // self.block - 1
             self._maxima[block % len(self._maxima)] = self._most_of_rows(count - self.block, count)
@@ -213,13 +213,13 @@ class Ring:
 class Timeline:
     """The rings by name; rows are read through `monitor.window`."""
 
-    def __init__(self, clock: Clock = now) -> None:
+    def __init__(self, clocks: Clocks = CLOCKS) -> None:
         self.rings: dict[str, Ring] = {}
-        self._clock = clock
+        self._clocks = clocks
 
     def ring(self, name: str, capacity: int, width: int) -> Ring:
         """Add a ring; its name is new."""
-        ring = Ring(capacity, width, self._clock)
+        ring = Ring(capacity, width, self._clocks)
         # A new dict, because readers may be going through the old one.
         self.rings = self.rings | {name: ring}
         return ring

@@ -10,8 +10,8 @@ from random import Random
 from monitor.gpu import Rates
 from monitor.gpus import Gpus
 from monitor.processes import Processes
-from monitor.sampler import SECOND, Clocks, Sampler
-from monitor.timeline import Instant, Timeline
+from monitor.sampler import SECOND, Sampler
+from monitor.timeline import Clocks, Timeline
 from tests.fake_nvml.fake import Script
 
 WALL_NS = 10**18
@@ -35,9 +35,9 @@ class Simulation:
         self._opened = ctypes.c_long.in_dll(library, "fake_nvml_opened")
         # Zero would be no simulated time.
         self._clock.value = 1
-        self.timeline = Timeline(self.now)
         clocks = Clocks(self.now_ns, lambda: self.now_ns() + WALL_NS)
-        self.processes = Processes(self.now)
+        self.timeline = Timeline(clocks)
+        self.processes = Processes(self.now_ns)
         self.gpus = Gpus(self.timeline, self.processes, rates, clocks)
         self._late = map(Random(1).randrange, repeat(late_ns)) if late_ns else repeat(0)
         self._order = count()
@@ -47,10 +47,6 @@ class Simulation:
     def now_ns(self) -> int:
         """The time."""
         return self._clock.value
-
-    def now(self) -> Instant:
-        """The time on both clocks."""
-        return Instant(self.now_ns(), self.now_ns() + WALL_NS)
 
     def opened(self) -> int:
         """How often NVML was opened."""

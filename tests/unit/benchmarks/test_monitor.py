@@ -52,3 +52,8 @@ def test_rounds_that_make_no_pairs_are_refused(rounds: str, capsys: pytest.Captu
     with pytest.raises(SystemExit):
         monitor.parse(["--rounds", rounds])
     assert "--rounds" in capsys.readouterr().err
+
+
+def test_the_dearest_thread_is_told_first() -> None:
+    found = {"hz": 100, "thread_cpu_shares": {"gpu0-fast": 0.002, "gpu0-pcie": 0.0051}}
+    assert monitor.apart(found) == "of a core at 100 Hz: gpu0-pcie 0.51%, gpu0-fast 0.20%"

@@ -11,7 +11,7 @@ from monitor.collector import METRICS, PEAK_NS, PEAKS, STATES, TimelineCollector
 from monitor.events import Xid
 from monitor.nvml import Device
 from monitor.sampler import SECOND, STALE_NS, Source
-from monitor.timeline import Instant, Series, Timeline
+from monitor.timeline import Clocks, Series, Timeline
 
 NOW_NS = 1000 * SECOND
 DEVICE = Device("1", "GPU-1234", "NVIDIA H200", "580.00", handle=None, tiers=frozenset())
@@ -46,7 +46,7 @@ class Gpus:
 @pytest.fixture
 def registry() -> CollectorRegistry:
     time_ns = 0
-    timeline = Timeline(lambda: Instant(time_ns, 0))
+    timeline = Timeline(Clocks(lambda: time_ns, lambda: 0))
     host, gpu, lost, old = (timeline.ring(name, 10, 4) for name in ("host", "gpu1", "gpu2", "old"))
     for seconds_ago, used in ((121, 900.0), (119, 500.0), (1, 300.0)):
         time_ns = NOW_NS - seconds_ago * SECOND

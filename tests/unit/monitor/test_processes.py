@@ -17,7 +17,7 @@ import pytest
 
 from monitor import processes
 from monitor.processes import SCAN_EVERY_NS, SCANS_A_ROUND, Processes
-from monitor.timeline import Instant, Readings, Series
+from monitor.timeline import Readings, Series
 
 Start = Callable[..., subprocess.Popen[str]]
 # Says so on a line and waits for its end.
@@ -106,8 +106,8 @@ class Clock:
 
     seconds: float = 0
 
-    def __call__(self) -> Instant:
-        return Instant(round(self.seconds * 1e9), 0)
+    def __call__(self) -> int:
+        return round(self.seconds * 1e9)
 
 
 def test_a_process_belongs_to_the_server_its_environment_names(start: Start, server: str) -> None:
@@ -255,20 +255,20 @@ def test_a_dead_process_that_nobody_waited_for_is_not_counted(start: Start, serv
 
 
 def test_a_new_process_is_in_the_readings_within_a_second(start: Start, server: str) -> None:
-    moment = Instant(0, 0)
+    moment = 0
     table = Processes(clock=lambda: moment)
     table.read()
     start("sleep", "60", HEADROOM_SERVER=server)
-    moment = Instant(900_000_000, 0)
+    moment = 900_000_000
     assert count(table.read(), server) == 1
 
 
 def test_between_scans_all_of_proc_is_left_alone(start: Start, server: str) -> None:
-    moment = Instant(0, 0)
+    moment = 0
     table = Processes(clock=lambda: moment)
     table.read()
     start("sleep", "60", HEADROOM_SERVER=server)
-    moment = Instant(SCAN_EVERY_NS - 1, 0)
+    moment = SCAN_EVERY_NS - 1
     assert count(table.read(), server) is None
 
 

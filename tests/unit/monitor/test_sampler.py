@@ -18,12 +18,12 @@ from monitor.sampler import (
     SECOND,
     STALE_NS,
     Allowance,
-    Clocks,
     Governor,
     Sampler,
     Schedule,
     Source,
 )
+from monitor.timeline import Clocks
 
 WALL_NS = 10**18
 

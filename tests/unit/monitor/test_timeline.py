@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from monitor import timeline
-from monitor.timeline import Instant, Ring, Series, Timeline
+from monitor.timeline import Clocks, Ring, Series, Timeline
 
 RSS = Series("host_rss_bytes", server="hf")
 USED = Series("gpu_memory_used_bytes", gpu="1")
@@ -21,9 +21,7 @@ class Clock:
 
     def __init__(self) -> None:
         self.time_ns = 0
-
-    def __call__(self) -> Instant:
-        return Instant(self.time_ns, self.time_ns + 1_000_000)
+        self.both = Clocks(lambda: self.time_ns, lambda: self.time_ns + 1_000_000)
 
 
 @pytest.fixture
@@ -37,7 +35,7 @@ def server(name: str) -> Series:
 
 def filled(capacity: int, given: list[float]) -> Ring:
     clock = Clock()
-    ring = Ring(capacity, 1, clock)
+    ring = Ring(capacity, 1, clock.both)
     for clock.time_ns, value in enumerate(given):
         ring.append({RSS: value})
     return ring
@@ -80,7 +78,7 @@ def test_to_find_the_peaks_of_two_minutes_at_1_khz_takes_well_under_a_millisecon
 ) -> None:
     # A tenth of the 30 minutes, with blocks as large as theirs.
     monkeypatch.setattr(timeline, "BLOCKS", timeline.BLOCKS // 10)
-    ring = Ring(3 * 60 * 1000, 5, clock)
+    ring = Ring(3 * 60 * 1000, 5, clock.both)
     for clock.time_ns in range(125_000):
         ring.put([clock.time_ns, 1.0, 2.0, 3.0, 4.0])
     took = []
@@ -92,14 +90,14 @@ def test_to_find_the_peaks_of_two_minutes_at_1_khz_takes_well_under_a_millisecon
 
 
 def test_a_peak_of_a_series_that_has_ended_is_still_told(clock: Clock) -> None:
-    ring = Ring(100, 2, clock)
+    ring = Ring(100, 2, clock.both)
     ring.append({RSS: 9.0, USED: 1.0})
     ring.clear()
     assert ring.peaks(0) == {RSS: 9.0, USED: 1.0}
 
 
 def test_a_row_carries_both_clocks(clock: Clock) -> None:
-    ring = Ring(2, 1, clock)
+    ring = Ring(2, 1, clock.both)
     clock.time_ns = 5
     ring.append({RSS: 7.0})
     assert ring.rows(0, 1).view("int64")[0, :2].tolist() == [5, 1_000_005]
@@ -114,7 +112,7 @@ def test_rows_overwritten_while_they_were_read_are_missing_from_the_front() -> N
 
 
 def test_the_newest_row_lacks_series_that_ended_and_is_empty_when_it_is_too_old(clock: Clock) -> None:
-    ring = Ring(10, 2, clock)
+    ring = Ring(10, 2, clock.both)
     assert ring.latest() == {}
     ring.append({RSS: 1.0, USED: 2.0})
     clock.time_ns = 9
@@ -132,7 +130,7 @@ def test_nothing_is_known_of_a_ring_that_was_cleared() -> None:
 def test_a_series_that_finds_no_column_is_left_out_and_said_once(
     clock: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:
-    recorded = Timeline(clock)
+    recorded = Timeline(clock.both)
     ring = recorded.ring("host", 4, 2)
     for clock.time_ns in (1, 2):
         ring.append(dict.fromkeys(map(server, "abc"), 1.0))
@@ -173,7 +171,7 @@ def test_servers_that_come_and_go_take_each_others_columns_and_no_value_changes_
 
 
 def test_a_column_is_not_given_again_while_the_ring_holds_a_value_of_it_or_before_it_can_have_one(clock: Clock) -> None:
-    ring = Ring(4, 2, clock)
+    ring = Ring(4, 2, clock.both)
     ring.append({server("a"): 1.0})
     # Two new ones in one row: the column of the first has no value yet.
     ring.append({server("b"): 2.0, server("c"): 3.0})
@@ -188,7 +186,7 @@ def test_a_column_is_not_given_again_while_the_ring_holds_a_value_of_it_or_befor
 
 
 def test_a_column_that_is_kept_is_given_to_no_other(clock: Clock) -> None:
-    ring = Ring(4, 1, clock)
+    ring = Ring(4, 1, clock.both)
     assert ring.keep(USED) == 0
     for _ in range(20):
         ring.append({RSS: 1.0})

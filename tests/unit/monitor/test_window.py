@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from monitor import window
-from monitor.timeline import Instant, Series, Timeline
+from monitor.timeline import Clocks, Series, Timeline
 from monitor.window import SCHEMA, Rows, stream, table, thin
 from tests.unit.monitor.test_timeline import Clock
 
@@ -33,7 +33,7 @@ def times(whole: pa.Table) -> list[int]:
 def play(given: Sequence[Sample]) -> tuple[Timeline, list[Sample]]:
     """Put each sample, so many ns after the one before, in the ring of its series' name."""
     clock = Clock()
-    timeline = Timeline(clock)
+    timeline = Timeline(clock.both)
     rings = {name: timeline.ring(name, 1000, 1) for name in "ab"}
     stamped = []
     for gap, name, value in given:
@@ -56,7 +56,7 @@ def extremes(stamped: Sequence[Sample], step_ns: int) -> set[tuple[int, str, flo
 
 
 def test_a_window_holds_its_start_and_not_its_end(clock: Clock) -> None:
-    timeline = Timeline(clock)
+    timeline = Timeline(clock.both)
     ring = timeline.ring("host", 100, 1)
     for clock.time_ns in (10, 20, 30, 40):
         ring.append({RSS: clock.time_ns})
@@ -64,7 +64,7 @@ def test_a_window_holds_its_start_and_not_its_end(clock: Clock) -> None:
 
 
 def test_rows_carry_both_clocks_and_null_for_what_does_not_apply(clock: Clock) -> None:
-    timeline = Timeline(clock)
+    timeline = Timeline(clock.both)
     clock.time_ns = 5
     timeline.ring("host", 9, 2).append({RSS: 7.0})
     timeline.ring("gpu1", 9, 2).append({USED: 8.5, THROTTLED: 1.0})
@@ -77,7 +77,7 @@ def test_rows_carry_both_clocks_and_null_for_what_does_not_apply(clock: Clock) -
 
 
 def test_values_stay_with_their_series_when_a_column_is_given_to_another(clock: Clock) -> None:
-    timeline = Timeline(clock)
+    timeline = Timeline(clock.both)
     ring = timeline.ring("host", 4, 2)
     series = {name: Series(name) for name in "abc"}
     stays, leaves, comes = series.values()
@@ -96,7 +96,7 @@ def test_values_stay_with_their_series_when_a_column_is_given_to_another(clock: 
 def test_the_stream_has_the_same_columns_with_and_without_rows(
     clock: Clock, until_ns: int, step_ns: int | None
 ) -> None:
-    timeline = Timeline(clock)
+    timeline = Timeline(clock.both)
     timeline.ring("host", 100, 1).append({RSS: 7.0})
     timeline.ring("gpu0", 100, 1)
     read = pa.ipc.open_stream(b"".join(stream(timeline.rings, 0, until_ns, step_ns))).read_all()
@@ -171,14 +171,13 @@ def test_a_reader_beside_a_writer_that_wraps_the_ring_sees_whole_rows_in_order()
 def test_what_was_asked_for_up_to_now_is_never_followed_by_something_older() -> None:
     now_ns, waiting = 0, threading.Event()
 
-    def clock() -> Instant:
-        at = Instant(now_ns, now_ns)
+    def wall_ns() -> int:
         # The stamp is taken; the row is not yet written.
         waiting.set()
         threading.Event().wait(0.02)
-        return at
+        return 0
 
-    timeline = Timeline(clock)
+    timeline = Timeline(Clocks(lambda: now_ns, wall_ns))
     ring = timeline.ring("gpu0", 10, 1)
     writer = threading.Thread(target=ring.append, args=({RSS: 1.0},))
     writer.start()
