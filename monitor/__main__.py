@@ -92,7 +92,7 @@ def serve(settings: Settings, listener: socket.socket) -> None:
 
 def make_monitor(settings: Settings) -> Monitor:
     """Put the parts together."""
-    timeline, processes = Timeline(), Processes()
+    timeline, processes = Timeline(), Processes(stack=os.environ.get("HEADROOM_STACK", ""))
     rates = Rates(settings.hz, settings.max_cpu, settings.minutes * 60)
     gpus = Gpus(timeline, processes, rates)
     host = make_host(timeline, processes, rates, beside_gpus=bool(gpus.found))

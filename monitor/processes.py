@@ -53,13 +53,15 @@ class Processes:
     a process that was just forked does, and within half a minute later in its life.
 
     `generation` grows whenever what `server_of` has answered may no longer hold. `of_host` tells whether the pids here
-    are those of the host, as NVML's may be; if not, a process gets memory of a GPU only if it has one open.
+    are those of the host, as NVML's may be; if not, a process gets memory of a GPU only if it has one open. With a
+    `stack`, servers whose environment names another one are left out.
     """
 
-    def __init__(self, clock: Callable[[], int] = time.monotonic_ns) -> None:
+    def __init__(self, clock: Callable[[], int] = time.monotonic_ns, stack: str = "") -> None:
         self.generation = 0
         self.of_host = procfs.in_host_namespace()
         self._clock = clock
+        self._stack = stack
         self._next_scan_ns = 0
         self._scans = 0
         self._seen: dict[int, Process] = {}
@@ -93,7 +95,7 @@ class Processes:
     def _inherited(self, pid: int, stat: procfs.Stat | None) -> str:
         """Look for a server in the environment of a process, else of its parent, and so on."""
         for _ in range(MAX_ANCESTORS):
-            if name := procfs.server_named(pid):
+            if name := procfs.server_named(pid, self._stack):
                 return name
             member = self._members.get(pid)
             if member and stat and member.started == stat.started:
@@ -218,10 +220,10 @@ class Processes:
         turn = self._scans % SCANS_A_ROUND
         for pid, process in seen.items():
             if process.started > young or pid % SCANS_A_ROUND == turn:
-                process.server = procfs.server_named(pid) or process.server
+                process.server = procfs.server_named(pid, self._stack) or process.server
         # By age, so that a parent is known before its children.
         for pid, process in sorted(new, key=lambda pair: (pair[1].started, pair[0])):
-            process.server = procfs.server_named(pid)
+            process.server = procfs.server_named(pid, self._stack)
             seen[pid] = process
         members = {}
         for pid, process in seen.items():

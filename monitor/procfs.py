@@ -70,14 +70,18 @@ def _read(pid: int, name: str) -> bytes:
     return content
 
 
-def server_named(pid: int) -> str:
-    """Answer the server that the environment of a process names; empty when there is none, or it cannot be read."""
+def server_named(pid: int, stack: str = "") -> str:
+    """Answer the server that the environment of a process names; empty when there is none, or it cannot be read.
+
+    Also when it names another stack than the one given: then it is a server of another comparison on this machine.
+    """
     try:
         environ = _read(pid, "environ")
     except OSError:
         return ""
-    match = re.search(rb"(?:^|\0)HEADROOM_SERVER=([^\0]+)", environ)
-    return match[1].decode(errors="replace") if match else ""
+    found = re.findall(r"(?:^|\0)HEADROOM_(SERVER|STACK)=([^\0]+)", environ.decode(errors="replace"))
+    names = dict(reversed(found))
+    return "" if stack and names.get("STACK", stack) != stack else names.get("SERVER", "")
 
 
 def read_stat(pid: int) -> Stat | None:

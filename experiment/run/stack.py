@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -79,6 +80,8 @@ class Stack:
         self.programs: dict[str, Program] = {}
         self._remotes: dict[str, Remote] = {}
         self._ready: set[str] = set()
+        # By this our monitor tells our servers from those of another comparison on this machine.
+        self._id = uuid.uuid4().hex
         ports = ports_of(plan)
         # A server that is started again is found where it was.
         self._ports = {target.name: ports.get(target.name) or free_port() for target in plan.targets}
@@ -180,7 +183,7 @@ class Stack:
                 self._wait_until_healthy(self[name], started)
 
     def _spawn(self, name: str, command: list[str], log: Path) -> subprocess.Popen[bytes]:
-        environment = {"HEADROOM_SERVER": name} if name != "monitor" else {}
+        environment = {"HEADROOM_STACK": self._id} | ({"HEADROOM_SERVER": name} if name != "monitor" else {})
         if self._plan.model.startswith("random:"):
             environment["HF_HUB_OFFLINE"] = "1"
         if {"--prefix-caching", "--enable-prefix-caching"} & set(command):

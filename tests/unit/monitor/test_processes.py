@@ -124,6 +124,20 @@ def test_a_process_belongs_to_the_server_its_environment_names(start: Start, ser
     assert nameless.pid not in servers
 
 
+def test_servers_of_another_stack_are_left_out_where_the_monitor_has_one(start: Start, server: str) -> None:
+    ours, theirs, free = (
+        start("sh", "-c", "sleep 60 & echo ready; wait", HEADROOM_SERVER=server, **stack)
+        for stack in ({"HEADROOM_STACK": "a"}, {"HEADROOM_STACK": "b"}, {})
+    )
+    for process in (ours, theirs, free):
+        line(process)
+    assert count(Processes(stack="a").read(), server) == 4
+    assert count(Processes().read(), server) == 6
+    table = Processes(stack="a")
+    table.of_host = True  # asked for before a scan, as for processes that NVML names
+    assert [table.server_of(process.pid) for process in (ours, theirs, free)] == [server, None, server]
+
+
 def test_children_are_counted_with_their_parent(start: Start, server: str) -> None:
     line(start("sh", "-c", "sleep 60 & sleep 60 & echo ready; wait", HEADROOM_SERVER=server))
     assert count(Processes().read(), server) == 3

@@ -389,6 +389,30 @@ def test_on_gpus_each_vllm_starts_when_all_before_it_have_their_memory(
     assert max(up[:3]) < started[3] < up[3] < started[4] < up[4]
 
 
+def test_the_programs_of_a_stack_know_that_they_belong_together(
+    tmp_path: Path, sleeper: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: dict[str, dict[str, str]] = {}
+
+    def spawn(command: list[str], log: Path, environment: dict[str, str]) -> subprocess.Popen[bytes]:
+        given[log.stem] = environment
+        return sleeper.process
+
+    monkeypatch.setattr(stack, "spawn", spawn)
+    monkeypatch.setattr(stack, "_is_up", lambda _: True)
+    stacks = []
+    for _ in range(2):
+        Stack(make_plan(), tmp_path, lambda _: None).start()
+        (one,) = {environment["HEADROOM_STACK"] for environment in given.values()}
+        stacks.append(one)
+        assert {name: environment.get("HEADROOM_SERVER") for name, environment in given.items()} == {
+            "hf": "hf",
+            "vllm": "vllm",
+            "monitor": None,
+        }
+    assert stacks[0] != stacks[1]
+
+
 def test_a_server_is_given_the_gpus_that_the_plan_says_by_the_numbers_of_the_monitor(
     tmp_path: Path, sleeper: Program, monkeypatch: pytest.MonkeyPatch
 ) -> None:
