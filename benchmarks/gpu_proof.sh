@@ -67,13 +67,15 @@ size_of() {
     short-same-memory)
         size+=(--workload lognormal --requests-per-user 1 --output-mean 32 "${all[@]}" --kv-budget "$eight")
         ;;
-    short-paper)
-        size+=(--workload alpaca --levels "0.5,1,2,4" --duration-seconds 15 --ramp-seconds 3 --min-requests 8 --repeats 1)
+    short-paper | short-paper-vllm)
+        size+=(--workload alpaca --duration-seconds 15 --ramp-seconds 3 --min-requests 8 --repeats 1)
+        [ "$1" = paper-vllm ] && size+=(--levels "4,8,16,32,64") || size+=(--levels "0.5,1,2")
         ;;
     short-interference) size+=(--levels 16 --requests-per-user 12 --repeats 3 --output-mean 32) ;;
+    whole-paper-vllm) size+=(--levels "8,16,32,64") ;;
     whole-same-memory) size+=(--kv-budget "${KV_BUDGET:-4294967296}") ;;
     whole-interference) size+=(--levels 16 --requests-per-user 12) ;;
-    smoke-paper) size+=(--workload alpaca --levels 2 --requests 4 --ramp-seconds 1 --repeats 1) ;;
+    smoke-paper | smoke-paper-vllm) size+=(--workload alpaca --levels 2 --requests 4 --ramp-seconds 1 --repeats 1) ;;
     smoke-*)
         size+=(--levels 2 --requests-per-user 2 --min-requests 4 --min-seconds 1 --repeats 1)
         size+=(--workload lognormal --output-mean 8)
@@ -96,7 +98,8 @@ step() {
     case $1 in
     doctor) limited "${headroom[@]}" doctor ;;
     classic) limited "${headroom[@]}" classic --out "$FOLDER/runs/classic" ;;
-    quick | ladder | same-memory | paper) compare "$1" --preset "$1" "${size[@]}" ;;
+    paper) paper ;;
+    quick | ladder | same-memory) compare "$1" --preset "$1" "${size[@]}" ;;
     quick-13b) compare "$1" --preset quick "${size[@]}" ;;
     own-gpus) own_gpus ;;
     two-gpus) two_gpus ;;
@@ -161,6 +164,15 @@ tests() {
 
 benchmark() {
     limited "$PYTHON" -m "benchmarks.$1" --model "$MODEL" "${seconds[@]}" --out "$FOLDER/figures/$name.json" "${@:2}"
+}
+
+# All servers at the same rates, and then vLLM alone at those at which the others would fall behind by minutes.
+paper() {
+    local plan="$FOLDER/paper-vllm.yaml"
+    printf 'preset: paper\ntargets: [{name: vllm, kind: vllm}]\n' >"$plan"
+    compare paper --preset paper "${size[@]}" || return
+    size_of paper-vllm "$MODEL"
+    compare paper-vllm "$plan" "${size[@]}"
 }
 
 # Each server on a GPU of its own, under load one at a time and then together.

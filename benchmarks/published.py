@@ -90,10 +90,10 @@ def client(runs: Mapping[str, JSON]) -> Iterator[str]:
         yield row(name, f"{share:.0%}", f"{lag * 1e3:.1f} ms", ", ".join(f"{one:.0%}" for one in busy))
 
 
-def rates(summary: JSON) -> Iterator[str]:
+def rates(*summaries: JSON) -> Iterator[str]:
     """Normalized latency against the rate of arrivals, which is what the paper's Fig. 12 shows."""
     yield from table("requests/s", "server", "normalized latency", "TTFT p50", "tokens/s", "in flight at most")
-    for level, target, figures in each(summary):
+    for level, target, figures in (one for summary in summaries for one in each(summary)):
         yield row(
             f"{level['level']:g}",
             target,
@@ -170,14 +170,17 @@ def slowdown(measured: Sequence[JSON], what: str) -> Iterator[str]:
 def agreement(first: Path, second: Path) -> Iterator[str]:
     """The verdicts of the runs that two folders have both; raises OSError when a file is missing."""
     yield from table("run", "in flight", "compared", "first", "second", "verdicts agree")
-    for name in sorted(path.parent.name for path in first.glob("*/summary.json")):
-        if not (second / name).exists():
-            continue
+    for name in sorted(names(first) & names(second)):
         found = [verdicts(read(folder / name / "summary.json")) for folder in (first, second)]
         for key, one in found[0].items():
             if other := found[1].get(key):
                 same = "yes" if one["verdict"] == other["verdict"] else f"{one['verdict']}, {other['verdict']}"
                 yield row(name, *key, times(one), times(other), same)
+
+
+def names(folder: Path) -> set[str]:
+    """The runs that a folder has."""
+    return {path.parent.name for path in folder.glob("*/summary.json")}
 
 
 def verdicts(summary: JSON) -> dict[tuple[float, str], JSON]:
@@ -241,10 +244,10 @@ def page(folder: Path) -> str:
     """The tables of all that a folder has; raises OSError when a file cannot be read."""
     runs = {path.parent.name: read(path) for path in sorted(folder.glob("*/summary.json"))}
     files = {path.stem: read(path) for path in folder.glob("*.json")}
-    parts = {
-        f"{'Latency' if name == 'paper' else 'Speed'}: {name}": (rates if name == "paper" else speed)(summary)
-        for name, summary in runs.items()
-    }
+    curves = [name for name in ("paper", "paper-vllm") if name in runs]
+    parts = {f"Speed: {name}": speed(summary) for name, summary in runs.items() if name not in curves}
+    if curves:
+        parts["Latency at rising rates: paper"] = rates(*(runs[name] for name in curves))
     parts["Whether the load generator was fast enough"] = client(runs)
     if {"ladder", "same-memory"} <= {*runs}:
         ladder, same = runs["ladder"], runs["same-memory"]
@@ -277,9 +280,12 @@ def main() -> int:
     parser.add_argument("folder", type=Path, help="folder with the data")
     parser.add_argument("--against", type=Path, help="folder of another run, whose verdicts are held against these")
     given = parser.parse_args()
-    for folder in (given.folder, given.against):
-        if folder and not folder.is_dir():
-            parser.error(f"{folder}: expected a folder with results")
+    runs = {folder: names(folder) for folder in (given.folder, given.against) if folder}
+    for folder, found in runs.items():
+        if not found:
+            parser.error(f"{folder}: expected a folder with results, such as {folder}/quick/summary.json")
+    if not set.intersection(*runs.values()):
+        parser.error(f"{given.folder} and {given.against}: expected a run of the same name in both")
     print("\n".join(agreement(given.folder, given.against)) if given.against else page(given.folder))
     return 0
 

@@ -191,8 +191,8 @@ def test_every_comparison_is_a_plan(proof: Proof, size: str) -> None:
     code, output = proof.call("", GPUS="2", SIZE=size)
     assert code == 0, output
     plans = [read_plan(words[1:]) for words in proof.asked() if words[0] == "compare"]
-    assert len(plans) == 8
-    assert len({plan.out for plan in plans}) == 8
+    assert len(plans) == 9
+    assert len({plan.out for plan in plans}) == 9
     assert sum(plan.model == "random:opt-13b" for plan in plans) == (0 if size == "smoke" else 1)
     assert sum(plan.together for plan in plans) == 1
 
@@ -218,3 +218,15 @@ def test_what_cannot_be_is_refused_and_named(proof: Proof, settings: dict[str, s
     assert code == 2
     assert said in output
     assert proof.asked() == []
+
+
+def test_after_the_rates_of_all_servers_vllm_alone_is_asked_higher_ones(proof: Proof) -> None:
+    code, output = proof.call("paper", SIZE="short")
+    assert code == 0, output
+    plans = [read_plan(words[1:]) for words in proof.asked()]
+    assert [plan.levels for plan in plans] == [[0.5, 1, 2], [4, 8, 16, 32, 64]]
+    assert [[target.name for target in plan.targets] for plan in plans] == [
+        ["sequential", "batch-static", "vllm"],
+        ["vllm"],
+    ]
+    assert plans[0].workload == plans[1].workload

@@ -10,9 +10,15 @@ from benchmarks.published import agreement, main, page, sampling
 RESULTS = Path(__file__).parents[3] / "docs/results"
 
 
-@pytest.mark.parametrize("folder", ["h200", "two-h200"])
+@pytest.mark.parametrize("folder", ["h200", "h200-second", "two-h200"])
 def test_the_tables_of_the_page_are_those_that_the_data_gives(folder: str) -> None:
     assert page(RESULTS / folder) in (RESULTS / folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize("first", ["h200", "two-h200"])
+def test_the_page_of_the_second_run_has_the_verdicts_of_both(first: str) -> None:
+    rows = "\n".join(agreement(RESULTS / first, RESULTS / "h200-second"))
+    assert f"{rows}\n" in (RESULTS / "h200-second/README.md").read_text()
 
 
 def test_a_run_agrees_with_itself_and_runs_that_one_folder_lacks_are_passed_over() -> None:
@@ -41,11 +47,19 @@ def test_the_shares_of_the_monitor_and_of_what_is_beside_it_are_all_of_a_core() 
     ]
 
 
-def test_a_folder_that_is_not_there_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("made", "said"),
+    [(None, "none: expected a folder with results"), ("other", "expected a run of the same name in both")],
+)
+def test_a_folder_that_has_no_such_run_is_refused(
+    made: str | None, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("sys.argv", ["published", str(RESULTS / "h200"), "--against", str(tmp_path / "none")])
+    against = tmp_path / "none"
+    if made:
+        (against / made).mkdir(parents=True)
+        (against / made / "summary.json").write_text("{}")
+    monkeypatch.setattr("sys.argv", ["published", str(RESULTS / "h200"), "--against", str(against)])
     with pytest.raises(SystemExit) as refused:
         main()
     assert refused.value.code == 2
-    assert f"{tmp_path / 'none'}: expected a folder with results" in capsys.readouterr().err
+    assert said in capsys.readouterr().err
