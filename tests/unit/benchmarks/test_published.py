@@ -32,18 +32,18 @@ def test_a_run_agrees_with_itself_and_runs_that_one_folder_lacks_are_passed_over
 def test_the_shares_of_the_monitor_and_of_what_is_beside_it_are_all_of_a_core() -> None:
     rate: dict[str, Any] = {"hz": 100, "samples_per_second": 99.6}
     late, scrape = ({"p50": 1e-4, "p99": seconds, "max": 1e-2} for seconds in (2e-4, 4.5e-3))
-    monitor = rate | {"gpu_sampling_cpu_share": 0.02, "gpu_memory_cpu_share": 0.012}
+    monitor = rate | {"cpu_share": 0.024, "gpu_sampling_cpu_share": 0.02, "gpu_memory_cpu_share": 0.012}
     monitor |= {"lateness_seconds": late, "scrape_seconds": scrape}
     monitor |= {"memory": {"0": {"used": 2e9, "parts": {"vllm": 1.5e9, "unattributed": 5e8}}}}
     beside = rate | {"cpu_share": 0.01}
     measured = {"monitor": [monitor], "bare_loop": [beside], "nvidia_smi": []}
     lines = list(sampling(measured | {"c_loop": [beside | {"waking_cpu_share": 0.004}]}))
     assert lines[3:] == [
-        "| monitor | 100 Hz | 100 | 2.00% (memory: 1.20%) | 0.20 ms | 4.50 ms |",
-        "| a loop that reads the memory alone | 100 Hz | 100 | 1.00% |  |  |",
-        "| the same in C | 100 Hz | 100 | 1.00% (waking up alone: 0.40%) |  |  |",
+        "| monitor | 100 Hz | 100 | 2.40% | 2.00% | 1.20% | 0.20 ms | 4.50 ms |",
+        "| a loop that reads the memory alone | 100 Hz | 100 | 1.00% |  |  |  |  |",
+        "| the same in C | 100 Hz | 100 | 1.00% (waking up alone: 0.40%) |  |  |  |  |",
         "",
-        "Of the 2.00 GB in use on GPU 0, 25.00% are of no server.",
+        "Of the 2.00 GB in use on GPU 0 (by the monitor), 25.00% are of no server.",
     ]
 
 
