@@ -94,6 +94,16 @@ def test_an_exporter_that_ends_is_an_error_with_its_log(tmp_path: Path) -> None:
         watchers.exporter_cost(failing, tmp_path / "log", 0.1)
 
 
+def test_an_exporter_that_refuses_a_scrape_is_an_error(tmp_path: Path) -> None:
+    refusing = EXPORTER.replace('200 if self.path == "/metrics" else 404', "200 if Handler.first else 503")
+    refusing = refusing.replace(
+        "        self.end_headers()", "        Handler.first = False\n        self.end_headers()"
+    )
+    refusing = refusing.replace("    def do_GET", "    first = True\n    def do_GET")
+    with pytest.raises(RunError, match="one answered a scrape with 503"):
+        watchers.exporter_cost(program(tmp_path / "one", refusing), tmp_path / "log", 0.1)
+
+
 def test_without_nvml_the_bare_loop_says_so() -> None:
     with pytest.raises(RunError, match="NVML"):
         watchers.bare_loop(10, 1)
