@@ -68,8 +68,9 @@ size_of() {
         size+=(--workload lognormal --requests-per-user 1 --output-mean 32 "${all[@]}" --kv-budget "$eight")
         ;;
     short-paper | short-paper-vllm)
-        size+=(--workload alpaca --duration-seconds 15 --ramp-seconds 3 --min-requests 8 --repeats 1)
-        [ "$1" = paper-vllm ] && size+=(--levels "4,8,16,32,64") || size+=(--levels "0.5,1,2")
+        local levels="0.5,1,2"
+        [ "$1" = paper ] || levels="4,8,16,32,64"
+        size+=(--workload alpaca --levels "$levels" --duration-seconds 15 --ramp-seconds 3 --min-requests 8 --repeats 1)
         ;;
     short-interference) size+=(--levels 16 --requests-per-user 12 --repeats 3 --output-mean 32) ;;
     whole-paper-vllm) size+=(--levels "8,16,32,64") ;;

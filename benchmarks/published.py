@@ -76,8 +76,10 @@ def speed(summary: JSON, plan: JSON) -> Iterator[str]:
 def options(plan: JSON) -> Iterator[str]:
     """What each server was started with, after an empty line."""
     without = {"hf": "no options, so one request at a time", "vllm": "no options"}
-    said = {one["name"]: f"`{one['args']}`" if one["args"] else without[one["kind"]] for one in plan["targets"]}
-    said |= {one["name"]: "it ran already" for one in plan["targets"] if one["url"]}
+    said = {
+        one["name"]: "it ran already" if one["url"] else f"`{one['args']}`" if one["args"] else without[one["kind"]]
+        for one in plan["targets"]
+    }
     yield from ("", f"Servers: {'; '.join(f'`{name}`: {what}' for name, what in said.items())}.")
 
 
@@ -261,7 +263,7 @@ def page(folder: Path) -> str:
     curves = [name for name in ("paper", "paper-vllm") if name in runs]
     parts = {f"Speed: {name}": speed(summary, plans[name]) for name, summary in runs.items() if name not in curves}
     if curves:
-        parts["Latency at rising rates: paper"] = rates(plans["paper"], *(runs[name] for name in curves))
+        parts["Latency at rising rates: paper"] = rates(plans[curves[0]], *(runs[name] for name in curves))
     parts["Whether the load generator was fast enough"] = client(runs)
     if {"ladder", "same-memory"} <= {*runs}:
         ladder, same = runs["ladder"], runs["same-memory"]
