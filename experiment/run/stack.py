@@ -80,8 +80,9 @@ class Stack:
         self.programs: dict[str, Program] = {}
         self._remotes: dict[str, Remote] = {}
         self._ready: set[str] = set()
-        # By this our monitor tells our servers from those of another comparison on this machine.
-        self._id = uuid.uuid4().hex
+        # By this our monitor tells our servers from those of another comparison on this machine, if all are our own.
+        own = not plan.monitor_url and not any(target.url for target in plan.targets)
+        self._id = uuid.uuid4().hex if own else None
         ports = ports_of(plan)
         # A server that is started again is found where it was.
         self._ports = {target.name: ports.get(target.name) or free_port() for target in plan.targets}
@@ -183,7 +184,9 @@ class Stack:
                 self._wait_until_healthy(self[name], started)
 
     def _spawn(self, name: str, command: list[str], log: Path) -> subprocess.Popen[bytes]:
-        environment = {"HEADROOM_STACK": self._id} | ({"HEADROOM_SERVER": name} if name != "monitor" else {})
+        environment: dict[str, str | None] = {"HEADROOM_STACK": self._id}
+        if name != "monitor":
+            environment["HEADROOM_SERVER"] = name
         if self._plan.model.startswith("random:"):
             environment["HF_HUB_OFFLINE"] = "1"
         if {"--prefix-caching", "--enable-prefix-caching"} & set(command):

@@ -392,9 +392,9 @@ def test_on_gpus_each_vllm_starts_when_all_before_it_have_their_memory(
 def test_the_programs_of_a_stack_know_that_they_belong_together(
     tmp_path: Path, sleeper: Program, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    given: dict[str, dict[str, str]] = {}
+    given: dict[str, dict[str, str | None]] = {}
 
-    def spawn(command: list[str], log: Path, environment: dict[str, str]) -> subprocess.Popen[bytes]:
+    def spawn(command: list[str], log: Path, environment: dict[str, str | None]) -> subprocess.Popen[bytes]:
         given[log.stem] = environment
         return sleeper.process
 
@@ -410,7 +410,14 @@ def test_the_programs_of_a_stack_know_that_they_belong_together(
             "vllm": "vllm",
             "monitor": None,
         }
+    assert None not in stacks
     assert stacks[0] != stacks[1]
+    # A program at a URL may be of any stack.
+    targets = [{"name": "hf", "kind": "hf", "url": "http://127.0.0.1:9"}, {"name": "vllm", "kind": "vllm"}]
+    for plan in (make_plan(targets=targets), make_plan(monitor_url="http://127.0.0.1:9")):
+        given.clear()
+        Stack(plan, tmp_path, lambda _: None).start()
+        assert {environment["HEADROOM_STACK"] for environment in given.values()} == {None}
 
 
 def test_a_server_is_given_the_gpus_that_the_plan_says_by_the_numbers_of_the_monitor(
