@@ -326,16 +326,20 @@ SCALAR(nvmlDeviceGetPcieThroughput, (Device *device, unsigned kind, unsigned *ou
 SCALAR(nvmlDeviceGetTotalEccErrors, (Device *device, unsigned type, unsigned counter, unsigned long long *out),
        unsigned long long, "ecc", counter ? "?" : type ? "ecc-uncorrected" : "ecc-corrected")
 
+/* NVML_FI_DEV_NVLINK_THROUGHPUT_DATA_TX and _RX of all links together (scopeId UINT_MAX), and nothing else. */
 int nvmlDeviceGetFieldValues(Device *device, int count, Field *fields) {
     for (int i = 0; i < count; i++) {
-        double value = 0;
-        /* NVML_FI_DEV_NVLINK_LINK_COUNT and NVML_FI_DEV_NVLINK_THROUGHPUT_DATA_TX, whose next is _RX. */
-        const char *key = fields[i].id == 91 ? "links" : fields[i].id == 138 ? "nvlink-tx" : "nvlink-rx";
-        char down[32];
-        snprintf(down, sizeof down, "link-%u-down", fields[i].scope);
-        int failed = fields[i].id != 91 && answer(device, "nvlink", down, &value) == OK && value;
-        fields[i].error = failed ? UNKNOWN : (unsigned)answer(device, "nvlink", key, &value);
-        fields[i].value = (unsigned long long)value;
+        double links = 0, each = 0, down;
+        const char *key = fields[i].id == 138 ? "nvlink-tx" : fields[i].id == 139 ? "nvlink-rx" : "?";
+        int error = fields[i].scope == ~0U ? answer(device, "nvlink", "links", &links) : INVALID;
+        if (!error) error = answer(device, "nvlink", key, &each);
+        fields[i].error = (unsigned)error;
+        fields[i].value = 0;
+        for (int link = 0; link < (int)links && !error; link++) {
+            char name[32];
+            snprintf(name, sizeof name, "link-%d-down", link);
+            if (answer(device, "nvlink", name, &down) != OK || !down) fields[i].value += (unsigned long long)each;
+        }
     }
     return enter(device, "nvlink");
 }
