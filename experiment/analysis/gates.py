@@ -131,7 +131,7 @@ def _nothing_drifted(plan: JSON, measured: Mapping[int, Steady], whole: Sequence
     That nothing drifted is known when each target had a cell at its highest level that was long enough to tell.
     """
     told = [
-        _finding("rose" if change > 0 else "fell", cell=index, metric=metric, change=abs(change))
+        _moved(index, metric, change)
         for index, moved in steady.drifts(measured).items()
         for metric, change in moved.items()
     ]
@@ -146,6 +146,12 @@ def _nothing_drifted(plan: JSON, measured: Mapping[int, Steady], whole: Sequence
     if plan["arrival"] == "closed":
         return _gate("no-drift", against=told, otherwise=no_trend)
     return _gate("no-drift", otherwise=[_finding("over_saturated"), *told] if told else no_trend)
+
+
+def _moved(cell: int, metric: str, change: float) -> JSON:
+    if metric == "waited":
+        return _finding("waited", cell=cell, share=change)
+    return _finding("rose" if change > 0 else "fell", cell=cell, metric=metric, change=abs(change))
 
 
 def _client_came_to_its_end(cells: Sequence[CellResult]) -> JSON:

@@ -5,6 +5,10 @@ neighbours are nearly independent; nothing is said of a cell that is too short f
 request was sent. A line is fitted to the means of the parts. A cell has drifted where the line rises or falls by more
 than CHANGE of the mean over the window and the t-test of its slope says that this is not chance. Small trends, which a
 long enough cell always shows, do not count.
+
+In an open loop a queue shows in a cell that is too short for that, too: it is empty when the cell begins. Where requests
+wait for their first token for more than WAIT of the window on average, it has grown, and comes and goes, if it does,
+more slowly than the window is long: what waits in it has no mean yet.
 """
 
 from collections.abc import Iterator, Mapping
@@ -22,6 +26,7 @@ CHANGE = 0.3
 # How likely by chance a trend may be, shared by all that are tested. Parts of a queue are not quite independent: played
 # servers that are steady, closed loops and queues at up to 90 % of their capacity, were found to drift in at most 5 %.
 CHANCE = 0.01
+WAIT = 0.25
 
 
 @dataclass(frozen=True)
@@ -34,11 +39,16 @@ class Trend:
 
 @dataclass(frozen=True)
 class Steady:
-    """The steady window of a cell in ns, its output tokens per second, and the trends that could be judged."""
+    """The steady window of a cell in ns, its output tokens per second, and the trends that could be judged.
+
+    `waited` is the mean TTFT in an open loop as a share of the window, zero in a closed loop, where requests wait for a
+    server that others keep busy on purpose.
+    """
 
     window: Window | None
     output_throughput: float | None
     trends: dict[str, Trend]
+    waited: float = 0.0
 
 
 def measure(requests: Requests) -> Steady:
@@ -48,11 +58,14 @@ def measure(requests: Requests) -> Steady:
         return Steady(window, None, {})
     tokens = stats.tokens_over_time(requests, window, PARTS)
     throughput = float(tokens.sum() / ((window[1] - window[0]) / 1e9))
-    return Steady(window, throughput, dict(_trends(requests, window, tokens)))
+    return Steady(window, throughput, dict(_trends(requests, window, tokens)), _waited(requests, window))
 
 
 def drifts(cells: Mapping[int, Steady]) -> dict[int, dict[str, float]]:
-    """By how much what has drifted in which cell, as shares of the mean; the cells are all that are judged together."""
+    """By how much what has drifted in which cell, as shares of the mean; the cells are all that are judged together.
+
+    `waited`, where that was too long, is a share of the window.
+    """
     tests = sum(len(cell.trends) for cell in cells.values())
     found = {}
     for index, cell in cells.items():
@@ -61,6 +74,8 @@ def drifts(cells: Mapping[int, Steady]) -> dict[int, dict[str, float]]:
             for metric, trend in cell.trends.items()
             if abs(trend.change) > CHANGE and trend.chance * tests < CHANCE
         }
+        if cell.waited > WAIT:
+            against["waited"] = cell.waited
         if against:
             found[index] = against
     return found
@@ -88,6 +103,13 @@ def _trends(requests: Requests, window: Window, tokens: Floats) -> Iterator[tupl
     if not np.isnan(waits).any():
         yield "output_throughput", trend(tokens)
         yield "ttft_seconds", trend(waits)
+
+
+def _waited(requests: Requests, window: Window) -> float:
+    scheduled = requests.measured & (requests.scheduled_ns != UNKNOWN)
+    waits = stats.ttft(requests)[scheduled]
+    waits = waits[~np.isnan(waits)]
+    return float(waits.mean() / ((window[1] - window[0]) / 1e9)) if len(waits) else 0.0
 
 
 def _means(requests: Requests, window: Window) -> Floats:

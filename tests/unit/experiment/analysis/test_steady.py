@@ -100,6 +100,25 @@ def test_a_closed_loop_whose_server_becomes_slower_is_found() -> None:
     assert sum(one.get("output_throughput", 0) < 0 for one in found) >= 95, found
 
 
+def arrivals(draw: np.random.Generator, load: float, count: int) -> Requests:
+    """An open loop: requests that come at random to a server with one seat."""
+    played = queue(draw, poisson(draw, load, count), 1, count)
+    return replace(played, scheduled_ns=played.sent_ns)
+
+
+def test_a_queue_that_grows_in_an_open_loop_shows_in_a_short_cell() -> None:
+    draw = np.random.default_rng(11)
+    over = [arrivals(draw, 3.0, 20) for _ in range(100)]
+    assert all(drifts(requests).keys() == {"waited"} for requests in over)
+    closed = [replace(requests, scheduled_ns=np.full(20, UNKNOWN)) for requests in over]
+    assert not any(drifts(requests) for requests in closed)
+
+
+def test_waits_of_a_queue_that_comes_and_goes_are_not_taken_for_one_that_grows() -> None:
+    draw = np.random.default_rng(12)
+    assert not any("waited" in drifts(arrivals(draw, 0.5, 100)) for _ in range(200))
+
+
 def test_a_cell_that_is_too_short_is_not_judged() -> None:
     assert steady.measure(queue(np.random.default_rng(9), None, 4, 20)).trends == {}
     assert steady.measure(columns(np.array([0.0]), np.array([1.0]), np.array([1.0]), 0)).trends == {}
