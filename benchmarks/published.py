@@ -102,14 +102,18 @@ def client(runs: Mapping[str, JSON]) -> Iterator[str]:
 
 
 def rates(plan: JSON, *summaries: JSON) -> Iterator[str]:
-    """Normalized latency against the rate of arrivals, which is what the paper's Fig. 12 shows."""
+    """Normalized latency against the rate of arrivals, which is what the paper's Fig. 12 shows.
+
+    Where a queue grew, it would be longer the longer the load lasts.
+    """
     yield from options(plan)
-    yield from table("requests/s", "server", "normalized latency", "TTFT p50", "tokens/s", "in flight at most")
+    yield from table("requests/s", "server", "normalized latency", "queue", "TTFT p50", "tokens/s", "in flight at most")
     for level, target, figures in (one for summary in summaries for one in each(summary)):
         yield row(
             f"{level['level']:g}",
             target,
             f"{figures['normalized_latency'] * 1e3:.1f} ms/token",
+            "grew" if figures["unstable"] else "",
             f"{figures['ttft_seconds']['p50']:.3f} s",
             f"{figures['output_throughput_mean']:,.0f}",
             f"{figures['memory']['kv']['running']['max']:.0f}",
@@ -168,6 +172,10 @@ def sampling(monitor: JSON) -> Iterator[str]:
             if "waking_cpu_share" in one:
                 share += f" (waking up alone: {one['waking_cpu_share']:.2%})"
             yield row(name, f"{one['hz']} Hz", f"{one['samples_per_second']:.0f}", share, "", "", "", "")
+    threads = [one["thread_cpu_shares"] for one in monitor["monitor"]]
+    yield from table("thread of the monitor", *(f"of a core at {one['hz']} Hz" for one in monitor["monitor"]))
+    for thread in sorted(threads[0], key=threads[0].__getitem__, reverse=True):
+        yield row(f"`{thread}`", *(f"{one[thread]:.2%}" for one in threads))
     yield ""
     for gpu, held in monitor["monitor"][-1]["memory"].items():
         share = held["parts"]["unattributed"] / held["used"]
@@ -184,7 +192,7 @@ def slowdown(measured: Sequence[JSON], what: str) -> Iterator[str]:
 
 def agreement(first: Path, second: Path) -> Iterator[str]:
     """The verdicts on throughput of the runs that two folders have both; raises OSError when a file is missing."""
-    yield from table("run", "in flight", "compared", "first", "second", "verdicts agree")
+    yield from table("run", "in flight", "compared", first.name, second.name, "verdicts agree")
     for name in sorted(names(first) & names(second)):
         found = [verdicts(read(folder / name / "summary.json")) for folder in (first, second)]
         for key, one in found[0].items():

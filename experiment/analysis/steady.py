@@ -6,9 +6,9 @@ request was sent. A line is fitted to the means of the parts. A cell has drifted
 than CHANGE of the mean over the window and the t-test of its slope says that this is not chance. Small trends, which a
 long enough cell always shows, do not count.
 
-In an open loop a queue shows in a cell that is too short for that, too: it is empty when the cell begins. Where requests
-wait for their first token for more than WAIT of the window on average, it has grown, and comes and goes, if it does,
-more slowly than the window is long: what waits in it has no mean yet.
+In an open loop a queue shows in a shorter cell, too: it is empty when the cell begins. Where requests wait for their
+first token for more than WAIT of the window on average, it has grown, and comes and goes, if it does, more slowly than
+the window is long: what waits in it has no mean yet.
 """
 
 from collections.abc import Iterator, Mapping

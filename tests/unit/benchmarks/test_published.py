@@ -10,21 +10,20 @@ from benchmarks.published import agreement, main, page, sampling
 RESULTS = Path(__file__).parents[3] / "docs/results"
 
 
-@pytest.mark.parametrize("folder", ["h200", "h200-second", "two-h200"])
+@pytest.mark.parametrize("folder", ["h200", "h200-earlier", "two-h200"])
 def test_the_tables_of_the_page_are_those_that_the_data_gives(folder: str) -> None:
     assert page(RESULTS / folder) in (RESULTS / folder / "README.md").read_text()
 
 
-@pytest.mark.parametrize("first", ["h200", "two-h200"])
-def test_the_page_of_the_second_run_has_the_verdicts_of_both(first: str) -> None:
-    rows = "\n".join(agreement(RESULTS / first, RESULTS / "h200-second"))
-    assert f"{rows}\n" in (RESULTS / "h200-second/README.md").read_text()
+def test_the_page_of_the_earlier_run_has_the_verdicts_of_both() -> None:
+    rows = "\n".join(agreement(RESULTS / "h200", RESULTS / "h200-earlier"))
+    assert f"{rows}\n" in (RESULTS / "h200-earlier/README.md").read_text()
 
 
 def test_a_run_agrees_with_itself_and_runs_that_one_folder_lacks_are_passed_over() -> None:
     head = list(agreement(RESULTS / "h200", RESULTS / "two-h200"))
     rows = list(agreement(RESULTS / "h200", RESULTS / "h200"))
-    assert len(head) == 3
+    assert len(head) == 5
     assert len(rows) > 20
     assert all(line.endswith("| yes |") for line in rows[3:])
 
@@ -34,6 +33,7 @@ def test_the_shares_of_the_monitor_and_of_what_is_beside_it_are_all_of_a_core() 
     late, scrape = ({"p50": 1e-4, "p99": seconds, "max": 1e-2} for seconds in (2e-4, 4.5e-3))
     monitor = rate | {"cpu_share": 0.024, "gpu_sampling_cpu_share": 0.02, "gpu_memory_cpu_share": 0.012}
     monitor |= {"lateness_seconds": late, "scrape_seconds": scrape}
+    monitor |= {"thread_cpu_shares": {"governor": 0.001, "gpu0-fast": 0.012}}
     monitor |= {"memory": {"0": {"used": 2e9, "parts": {"vllm": 1.5e9, "unattributed": 5e8}}}}
     beside = rate | {"cpu_share": 0.01}
     measured = {"monitor": [monitor], "bare_loop": [beside], "nvidia_smi": []}
@@ -42,6 +42,11 @@ def test_the_shares_of_the_monitor_and_of_what_is_beside_it_are_all_of_a_core() 
         "| monitor | 100 Hz | 100 | 2.40% | 2.00% | 1.20% | 0.20 ms | 4.50 ms |",
         "| a loop that reads the memory alone | 100 Hz | 100 | 1.00% |  |  |  |  |",
         "| the same in C | 100 Hz | 100 | 1.00% (waking up alone: 0.40%) |  |  |  |  |",
+        "",
+        "| thread of the monitor | of a core at 100 Hz |",
+        "| --- | --- |",
+        "| `gpu0-fast` | 1.20% |",
+        "| `governor` | 0.10% |",
         "",
         "Of the 2.00 GB in use on GPU 0 (by the monitor), 25.00% are of no server.",
     ]
