@@ -1,8 +1,9 @@
 """From options to the times at which requests are sent."""
 
+import math
 import random
 from collections.abc import Callable, Iterator
-from itertools import takewhile
+from itertools import islice, takewhile
 
 from loadtest.options import Options
 from loadtest.work import traces
@@ -13,13 +14,32 @@ def schedule(options: Options) -> Iterator[float] | None:
     """Offsets in seconds at which requests are sent to each server, in order; None in a closed loop.
 
     The i-th offset is that of the i-th request of the workload. They end with the stages, the trace or `duration`.
-    Raises ValueError for a trace that cannot be read.
+    Where it is known how many come at random at one rate, they come at that rate: the last when it is expected. Raises
+    ValueError for a trace that cannot be read.
     """
     if options.arrival == "closed":
         return None
-    rng = random.Random(f"{options.seed}:arrivals")  # noqa: S311 - load, not secrets
-    offsets = ARRIVALS[options.arrival](options, rng)
+    scale = _scale(options)
+    offsets = (offset * scale for offset in _seeded(options))
     return takewhile(lambda offset: offset < options.duration, offsets) if options.duration else offsets
+
+
+def _seeded(options: Options) -> Iterator[float]:
+    rng = random.Random(f"{options.seed}:arrivals")  # noqa: S311 - load, not secrets
+    return ARRIVALS[options.arrival](options, rng)
+
+
+def _scale(options: Options) -> float:
+    """What the gaps are multiplied by: a few hundred of mean 1 / rate may come to a fifth more or less than expected.
+
+    Gaps scaled so are those of the same process given when its last arrival comes; `vllm bench serve` does the same.
+    """
+    at_random = options.arrival == "poisson" or (options.arrival == "gamma" and math.isfinite(options.burstiness))
+    if not at_random or options.total is None or options.min_seconds:
+        return 1.0
+    count = -(-options.total // options.turns)
+    (last,) = islice(_seeded(options), count - 1, count)
+    return count / options.rate / last
 
 
 def _staged(options: Options, rng: random.Random) -> Iterator[float]:

@@ -35,6 +35,17 @@ def test_each_arrival_has_its_rate_and_its_variation(given: dict[str, Any], vari
     assert stdev(gaps) / fmean(gaps) == pytest.approx(variation, rel=0.1, abs=1e-6)
 
 
+@pytest.mark.parametrize("given", [{"arrival": "poisson"}, {"arrival": "gamma", "burstiness": 0.25}])
+@pytest.mark.parametrize(("turns", "count"), [(1, 42), (4, 11)])
+def test_a_known_number_of_arrivals_has_exactly_the_rate(given: dict[str, Any], turns: int, count: int) -> None:
+    given = given | {"rate": 2, "seed": 10_000_002_000_000_001}
+    known = offsets(count, **given, requests=30, warmup=6, drain=6, turns=turns)
+    plain = offsets(count, **given)
+    assert known[-1] == pytest.approx(count / 2)
+    assert known == pytest.approx([offset * known[-1] / plain[-1] for offset in plain])
+    assert known[-1] != pytest.approx(plain[-1], rel=0.01)
+
+
 def test_the_seed_of_the_options_decides() -> None:
     given = {"arrival": "poisson", "rate": 3}
     assert offsets(50, seed=4, **given) == offsets(50, seed=4, **given) != offsets(50, seed=5, **given)
@@ -43,6 +54,7 @@ def test_the_seed_of_the_options_decides() -> None:
 def test_nothing_is_scheduled_after_the_duration() -> None:
     assert offsets(arrival="constant", rate=2, duration=2) == [0, 0.5, 1, 1.5]
     assert max(offsets(arrival="poisson", rate=50, duration=10)) < 10
+    assert max(offsets(arrival="poisson", rate=50, duration=10, requests=1000)) < 10
 
 
 def test_every_open_arrival_has_a_process() -> None:
