@@ -23,6 +23,7 @@ class Figures:
     results: Results
     steady: dict[int, Steady]
     drifts: dict[int, dict[str, float]]
+    short: dict[int, float]
 
     @property
     def limits(self) -> dict[str, float]:
@@ -41,7 +42,7 @@ def analyse(results: Results) -> JSON:
     complete = [cell for cell in results.cells if cell.complete]
     measured = {cell.index: steady.measure(cell.requests) for cell in complete}
     of_levels = {cell.index: measured[cell.index] for cell in complete if not cell.search}
-    figures = Figures(results, measured, steady.drifts(of_levels))
+    figures = Figures(results, measured, steady.drifts(of_levels), steady.short(of_levels))
     plan, names = results.plan, targets(results.plan)
     judged = list(gates.judge(results, of_levels))
     valid = all(gate["passed"] is not False for gate in judged)
@@ -100,6 +101,8 @@ def _target_summary(figures: Figures, cells: Sequence[CellResult]) -> JSON:
         "goodput": _mean(rates["goodput"]),
         "attainment": _attainment(figures, cells),
         "unstable": [cell.repeat for cell in cells if cell.index in figures.drifts],
+        "short": [cell.repeat for cell in cells if cell.index in figures.short],
+        "offered_rate": _mean([stats.offered_rate(cell.requests) for cell in cells]),
     }
     for metric, read in stats.COMPARED.items():
         values = np.concatenate([read(cell.requests)[which] for cell, which in zip(cells, chosen, strict=True)])
@@ -134,9 +137,11 @@ def _attainment(figures: Figures, cells: Sequence[CellResult]) -> float | None:
 def _ratios(figures: Figures, compared: Sequence[tuple[CellResult, CellResult]], valid: bool) -> JSON:
     """How the second server of each pair compares with the first, over the repeats of both; above 1 it is better.
 
-    What waits in a queue that grows has no mean: where a cell drifted, no latency has a verdict.
+    What waits in a queue that grows has no mean: where a cell drifted, or was too short beside the time that requests
+    waited, no latency has a verdict.
     """
-    drifted = any(cell.index in figures.drifts for pair in compared for cell in pair)
+    unsteady = figures.drifts.keys() | figures.short.keys()
+    drifted = any(cell.index in unsteady for pair in compared for cell in pair)
     found: JSON = {}
     for metric in stats.COMPARED:
         repeats = [stats.paired(a.requests, b.requests, metric) for a, b in compared]

@@ -128,30 +128,28 @@ def _share_together(cell: CellResult) -> float:
 def _nothing_drifted(plan: JSON, measured: Mapping[int, Steady], whole: Sequence[CellResult]) -> JSON:
     """In an open loop a queue that grows is a finding, which takes the verdicts on latency of its level alone.
 
-    That nothing drifted is known when each target had a cell at its highest level that was long enough to tell.
+    That nothing drifted is known when each target had a cell at its highest level that was long enough to tell, and no
+    cell of an open loop was too short for the time that its requests waited.
     """
     told = [
-        _moved(index, metric, change)
+        _finding("rose" if change > 0 else "fell", cell=index, metric=metric, change=abs(change))
         for index, moved in steady.drifts(measured).items()
         for metric, change in moved.items()
     ]
+    if told and plan["arrival"] != "closed":
+        told = [_finding("over_saturated"), *told]
     judged = sum(bool(cell.trends) for cell in measured.values())
-    no_trend = [_finding("no_trend", judged=judged, cells=len(measured))]
+    no_trend = [] if told else [_finding("no_trend", judged=judged, cells=len(measured))]
+    waited = [_finding("waited", cell=index, share=share) for index, share in steady.short(measured).items()]
     highest = {cell.target: max(c.level for c in whole if c.target == cell.target) for cell in whole}
     at_it = [cell for cell in whole if cell.level == highest[cell.target] and cell.index in measured]
     known = {cell.target for cell in at_it if measured[cell.index].trends}
-    if not told and (not highest or known < highest.keys()):
-        too_short = [_finding("too_short", target=target) for target in highest if target not in known]
-        return _gate("no-drift", unknown=[*too_short, *no_trend], otherwise=[])
-    if plan["arrival"] == "closed":
-        return _gate("no-drift", against=told, otherwise=no_trend)
-    return _gate("no-drift", otherwise=[_finding("over_saturated"), *told] if told else no_trend)
-
-
-def _moved(cell: int, metric: str, change: float) -> JSON:
-    if metric == "waited":
-        return _finding("waited", cell=cell, share=change)
-    return _finding("rose" if change > 0 else "fell", cell=cell, metric=metric, change=abs(change))
+    too_short = [_finding("too_short", target=target) for target in highest if target not in known]
+    if told and plan["arrival"] == "closed":
+        return _gate("no-drift", against=told, otherwise=[])
+    if not highest or waited or too_short:
+        return _gate("no-drift", unknown=[*told, *waited, *too_short, *no_trend], otherwise=[])
+    return _gate("no-drift", otherwise=told or no_trend)
 
 
 def _client_came_to_its_end(cells: Sequence[CellResult]) -> JSON:

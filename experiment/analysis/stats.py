@@ -45,6 +45,12 @@ def ttft(requests: Requests) -> Floats:
     return _seconds(requests.sent_ns, requests.first_ns, requests.answered & (requests.first_ns != UNKNOWN))
 
 
+def offered_rate(requests: Requests) -> float | None:
+    """Measured requests that were due per second, from the first to the last; None in a closed loop or of one."""
+    due = np.sort(requests.scheduled_ns[requests.measured & (requests.scheduled_ns != UNKNOWN)])
+    return float((len(due) - 1) / ((due[-1] - due[0]) / 1e9)) if len(due) > 1 and due[-1] > due[0] else None
+
+
 def tpot(requests: Requests) -> Floats:
     """Time per output token after the first: (E2E - TTFT) / (n - 1); NaN for fewer than two tokens."""
     known = requests.answered & (requests.first_ns != UNKNOWN) & (requests.output_tokens >= 2)

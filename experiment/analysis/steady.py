@@ -6,9 +6,9 @@ request was sent. A line is fitted to the means of the parts. A cell has drifted
 than CHANGE of the mean over the window and the t-test of its slope says that this is not chance. Small trends, which a
 long enough cell always shows, do not count.
 
-In an open loop a queue shows in a shorter cell, too: it is empty when the cell begins. Where requests wait for their
-first token for more than WAIT of the window on average, it has grown, and comes and goes, if it does, more slowly than
-the window is long: what waits in it has no mean yet.
+Apart from that a cell of an open loop is too short for latencies where requests wait for their first token for more
+than WAIT of the window on average: a queue has grown, or comes and goes more slowly than the window is long, so that
+what waits in it has no mean yet. Of queues that grow this shows only those of rates far beyond what the server can do.
 """
 
 from collections.abc import Iterator, Mapping
@@ -18,7 +18,7 @@ import numpy as np
 from scipy.special import stdtr
 
 from experiment.analysis import stats
-from experiment.analysis.requests import UNKNOWN, Floats, Requests
+from experiment.analysis.requests import UNKNOWN, Flags, Floats, Requests
 from experiment.analysis.stats import Window
 
 PARTS = 10
@@ -62,10 +62,7 @@ def measure(requests: Requests) -> Steady:
 
 
 def drifts(cells: Mapping[int, Steady]) -> dict[int, dict[str, float]]:
-    """By how much what has drifted in which cell, as shares of the mean; the cells are all that are judged together.
-
-    `waited`, where that was too long, is a share of the window.
-    """
+    """By how much what has drifted in which cell, as shares of the mean; the cells are all that are judged together."""
     tests = sum(len(cell.trends) for cell in cells.values())
     found = {}
     for index, cell in cells.items():
@@ -74,11 +71,14 @@ def drifts(cells: Mapping[int, Steady]) -> dict[int, dict[str, float]]:
             for metric, trend in cell.trends.items()
             if abs(trend.change) > CHANGE and trend.chance * tests < CHANCE
         }
-        if cell.waited > WAIT:
-            against["waited"] = cell.waited
         if against:
             found[index] = against
     return found
+
+
+def short(cells: Mapping[int, Steady]) -> dict[int, float]:
+    """In which cells requests waited too long beside the window, as shares of it."""
+    return {index: cell.waited for index, cell in cells.items() if cell.waited > WAIT}
 
 
 def trend(values: Floats) -> Trend:
@@ -95,19 +95,27 @@ def trend(values: Floats) -> Trend:
 
 
 def _trends(requests: Requests, window: Window, tokens: Floats) -> Iterator[tuple[str, Trend]]:
+    sending = window
+    if (scheduled := _scheduled(requests)).any():
+        # What is measured in an open loop ends with the last of these; the window goes on until they are answered.
+        sending = window[0], min(window[1], int(requests.sent_ns[scheduled].max()) + 1)
     known = requests.measured & requests.answered & (requests.first_ns != UNKNOWN)
     took = (requests.last_ns - requests.first_ns)[known]
-    if not len(took) or took.mean() * PARTS > window[1] - window[0]:
+    if not len(took) or took.mean() * PARTS > sending[1] - sending[0]:
         return
-    waits = _means(requests, window)
+    waits = _means(requests, sending)
     if not np.isnan(waits).any():
         yield "output_throughput", trend(tokens)
         yield "ttft_seconds", trend(waits)
 
 
+def _scheduled(requests: Requests) -> Flags:
+    """The measured requests that had a time at which they were due, as all have in an open loop."""
+    return np.asarray(requests.measured & (requests.scheduled_ns != UNKNOWN))
+
+
 def _waited(requests: Requests, window: Window) -> float:
-    scheduled = requests.measured & (requests.scheduled_ns != UNKNOWN)
-    waits = stats.ttft(requests)[scheduled]
+    waits = stats.ttft(requests)[_scheduled(requests)]
     waits = waits[~np.isnan(waits)]
     return float(waits.mean() / ((window[1] - window[0]) / 1e9)) if len(waits) else 0.0
 

@@ -127,7 +127,7 @@ def changes(first: Run, second: Run, metrics: Sequence[str]) -> Iterator[Change]
             if all(values):
                 one = change((*key, metric), *(list(own.values()) for own in values), paired=compared > different == 0)
                 one = replace(one, first=shown[0], second=shown[1])
-                known = valid and (metric in RATES or not any(drifting(run, key) for run in (first, second)))
+                known = valid and (metric in RATES or all(steady(run, key) for run in (first, second)))
                 yield one if known else replace(one, verdict="invalid")
 
 
@@ -159,6 +159,12 @@ def drifting(run: Run, key: Key) -> list[int]:
     """The repeats of a level and target in which a queue grew or shrank, so that no latency has a mean."""
     figures = _figures(run, key)
     return list(figures["unstable"]) if figures else []
+
+
+def steady(run: Run, key: Key) -> bool:
+    """Whether latencies of a level and target have a mean: no repeat drifted or was too short for what waited in it."""
+    figures = _figures(run, key) or {}
+    return not figures.get("unstable") and not figures.get("short")
 
 
 def _place(key: Key, order: Sequence[str]) -> tuple[float, int]:

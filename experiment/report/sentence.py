@@ -79,7 +79,7 @@ def _judged(summary: JSON, level: JSON, target: str, metric: str) -> bool:
     if summary["valid"]:
         return bool(level["ratios"][target][metric]["verdict"] != "invalid")
     pair = (level["targets"].get(name, {}) for name in (summary["baseline"], target))
-    return metric == "output_throughput" or not any(figures.get("unstable") for figures in pair)
+    return metric == "output_throughput" or not any(figures.get("unstable") or figures.get("short") for figures in pair)
 
 
 def _comparison(frame: Frame, summary: JSON, compared: Compared) -> str:

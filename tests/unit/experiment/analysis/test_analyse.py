@@ -190,6 +190,21 @@ def test_a_queue_that_grows_in_an_open_loop_takes_the_verdicts_on_latency_alone(
     assert found["cells"][1]["drift"] is None
 
 
+def test_a_cell_of_an_open_loop_in_which_requests_wait_for_most_of_the_time_tells_no_latency(tmp_path: Path) -> None:
+    cells = [("one", 1.0, 1, False, requests(8, count=20)), ("vllm", 1.0, 1, False, requests(0.1, count=20))]
+    found = summary(make(tmp_path, cells))
+    gate = next(gate for gate in found["gates"] if gate["id"] == "no-drift")
+    assert (found["valid"], gate["passed"]) == (True, None)
+    (waited,) = [one for one in gate["found"] if one["id"] == "waited"]
+    assert (waited["cell"], waited["share"]) == (1, pytest.approx(8 / 19, rel=0.05))
+    figures = found["levels"][0]["targets"]
+    assert (figures["one"]["short"], figures["vllm"]["short"]) == ([1], [])
+    assert figures["one"]["offered_rate"] == pytest.approx(1)
+    ratios = found["levels"][0]["ratios"]["vllm"]
+    assert ratios["ttft_seconds"]["verdict"] == "invalid"
+    assert ratios["output_throughput"]["verdict"] != "invalid"
+
+
 def test_gates_have_names_of_their_own(tmp_path: Path) -> None:
     found = summary(make(tmp_path, [("one", 1.0, 1, False, requests(0.1))]))
     names = [gate["id"] for gate in found["gates"]]

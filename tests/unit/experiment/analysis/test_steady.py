@@ -62,7 +62,8 @@ def queue(draw: np.random.Generator, sent: Floats | None, seats: int, count: int
         times[number] = due, begun + 0.1 * took[number], last
         heapq.heappush(free, last)
     sent_at, first, last_at = times.T
-    return columns(sent_at, first, last_at, warmup=max(2, seats))
+    played = columns(sent_at, first, last_at, warmup=max(2, seats))
+    return played if sent is None else replace(played, scheduled_ns=played.sent_ns)
 
 
 def poisson(draw: np.random.Generator, rate: float, count: int) -> Floats:
@@ -101,22 +102,42 @@ def test_a_closed_loop_whose_server_becomes_slower_is_found() -> None:
 
 
 def arrivals(draw: np.random.Generator, load: float, count: int) -> Requests:
-    """An open loop: requests that come at random to a server with one seat."""
-    played = queue(draw, poisson(draw, load, count), 1, count)
-    return replace(played, scheduled_ns=played.sent_ns)
+    """Requests that come at random to a server with one seat."""
+    return queue(draw, poisson(draw, load, count), 1, count)
 
 
-def test_a_queue_that_grows_in_an_open_loop_shows_in_a_short_cell() -> None:
+def too_short(requests: Requests) -> bool:
+    return bool(steady.short({1: steady.measure(requests)}))
+
+
+def test_a_cell_far_beyond_what_the_server_can_do_is_too_short_for_its_latencies() -> None:
     draw = np.random.default_rng(11)
-    over = [arrivals(draw, 3.0, 20) for _ in range(100)]
-    assert all(drifts(requests).keys() == {"waited"} for requests in over)
-    closed = [replace(requests, scheduled_ns=np.full(20, UNKNOWN)) for requests in over]
-    assert not any(drifts(requests) for requests in closed)
+    found = {load: [arrivals(draw, load, 20) for _ in range(200)] for load in (1.5, 3.0)}
+    assert np.mean([*map(too_short, found[1.5])]) > 0.5
+    assert np.mean([*map(too_short, found[3.0])]) > 0.95
+    closed = [replace(requests, scheduled_ns=np.full(20, UNKNOWN)) for requests in found[3.0]]
+    assert not any(map(too_short, closed))
 
 
-def test_waits_of_a_queue_that_comes_and_goes_are_not_taken_for_one_that_grows() -> None:
+@pytest.mark.parametrize(("load", "count", "share"), [(0.5, 100, 0.01), (0.9, 20, 0.2), (0.9, 400, 0.05)])
+def test_a_queue_that_comes_and_goes_seldom_makes_a_cell_too_short(load: float, count: int, share: float) -> None:
     draw = np.random.default_rng(12)
-    assert not any("waited" in drifts(arrivals(draw, 0.5, 100)) for _ in range(200))
+    assert np.mean([too_short(arrivals(draw, load, count)) for _ in range(200)]) <= share
+
+
+def test_the_parts_of_an_open_loop_end_with_the_last_request_that_was_sent() -> None:
+    sent = np.linspace(0, 20, 401)
+    took = np.where(np.arange(401) == 340, 4.0, 0.3)
+    closed = columns(sent, sent + 0.05, sent + took, 60)
+    assert steady.measure(closed).trends == {}
+    judged = steady.measure(replace(closed, scheduled_ns=closed.sent_ns)).trends
+    assert judged.keys() == {"output_throughput", "ttft_seconds"}
+
+
+def test_an_open_loop_whose_requests_all_failed_has_waited_for_nothing() -> None:
+    failed = arrivals(np.random.default_rng(13), 3.0, 20)
+    failed = replace(failed, error=np.zeros(20, dtype=np.int64))
+    assert steady.measure(failed).waited == 0
 
 
 def test_a_cell_that_is_too_short_is_not_judged() -> None:

@@ -350,6 +350,14 @@ def test_a_latency_that_drifts_has_no_mean_to_judge(
     assert {one.metric: one.outcome for one in judge(second, first, rules) if one.metric} == outcomes
 
 
+def test_a_latency_of_cells_that_were_too_short_for_it_fails_nothing(tmp_path: Path, baseline: Path) -> None:
+    first, second = read(baseline), read(make(tmp_path / "run"))
+    second.summary["levels"][0]["targets"]["vllm"]["short"] = [1, 2, 3, 4]
+    rules = Rules(metrics=["output_throughput", "ttft_seconds.mean"])
+    outcomes = {one.metric: one.outcome for one in judge(second, first, rules) if one.metric}
+    assert outcomes == {"ttft_seconds.mean": "invalid", "output_throughput": "passed"}
+
+
 def test_one_server_alone_can_be_judged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     alone: dict[str, Any] = {"targets": [{"name": "vllm", "kind": "vllm"}]}
     first, second = make(tmp_path / "a", **alone), make(tmp_path / "b", 0.8, 0.001, **alone)
