@@ -127,7 +127,7 @@ class Device:
     tiers: frozenset[str]
     unsupported: dict[str, int] = field(default_factory=dict)
     failing: dict[str, int] = field(default_factory=dict)
-    nvlink_kib: dict[str, int] = field(default_factory=dict)
+    nvlink_kib: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     @property
     def card(self) -> bool:
@@ -283,14 +283,20 @@ def _nvlink(device: Device) -> Values:
         "tx": pynvml.NVML_FI_DEV_NVLINK_THROUGHPUT_DATA_TX,
         "rx": pynvml.NVML_FI_DEV_NVLINK_THROUGHPUT_DATA_RX,
     }
-    fields = pynvml.nvmlDeviceGetFieldValues(device.handle, [(kind, ALL_LINKS) for kind in kinds.values()])
+    asked = [pynvml.NVML_FI_DEV_NVLINK_LINK_COUNT, *((kind, ALL_LINKS) for kind in kinds.values())]
+    links, *fields = pynvml.nvmlDeviceGetFieldValues(device.handle, asked)
+    if links.nvmlReturn or not links.value.uiVal:
+        raise pynvml.NVMLError(links.nvmlReturn or pynvml.NVML_ERROR_NOT_SUPPORTED)
     values: Values = {}
     for detail, one in zip(kinds, fields, strict=True):
         if one.nvmlReturn:
             raise pynvml.NVMLError(one.nvmlReturn)
-        # A sum that falls, as when a link fails, would look like a counter that was reset.
-        device.nvlink_kib[detail] = kib = max(one.value.ullVal, device.nvlink_kib.get(detail, 0))
-        values["gpu_nvlink_bytes_total", detail] = kib * 1024
+        was, gone = device.nvlink_kib.get(detail, (0, 0))
+        # Where a link fails, the sum falls by what it had: that is added from then on, as a counter does not fall.
+        kib = one.value.ullVal
+        gone += max(0, was - kib)
+        device.nvlink_kib[detail] = kib, gone
+        values["gpu_nvlink_bytes_total", detail] = (kib + gone) * 1024
     return values
 
 

@@ -326,16 +326,18 @@ SCALAR(nvmlDeviceGetPcieThroughput, (Device *device, unsigned kind, unsigned *ou
 SCALAR(nvmlDeviceGetTotalEccErrors, (Device *device, unsigned type, unsigned counter, unsigned long long *out),
        unsigned long long, "ecc", counter ? "?" : type ? "ecc-uncorrected" : "ecc-corrected")
 
-/* NVML_FI_DEV_NVLINK_THROUGHPUT_DATA_TX and _RX of all links together (scopeId UINT_MAX), and nothing else. */
+/* NVML_FI_DEV_NVLINK_LINK_COUNT; and NVML_FI_DEV_NVLINK_THROUGHPUT_DATA_TX and _RX, of all links together alone
+   (scopeId UINT_MAX). */
 int nvmlDeviceGetFieldValues(Device *device, int count, Field *fields) {
     for (int i = 0; i < count; i++) {
         double links = 0, each = 0, down;
-        const char *key = fields[i].id == 138 ? "nvlink-tx" : fields[i].id == 139 ? "nvlink-rx" : "?";
-        int error = fields[i].scope == ~0U ? answer(device, "nvlink", "links", &links) : INVALID;
-        if (!error) error = answer(device, "nvlink", key, &each);
+        unsigned id = fields[i].id;
+        const char *key = id == 138 ? "nvlink-tx" : "nvlink-rx";
+        int error = answer(device, "nvlink", "links", &links);
+        if (!error && id != 91) error = fields[i].scope == ~0U ? answer(device, "nvlink", key, &each) : INVALID;
         fields[i].error = (unsigned)error;
-        fields[i].value = 0;
-        for (int link = 0; link < (int)links && !error; link++) {
+        fields[i].value = id == 91 ? (unsigned long long)links : 0;
+        for (int link = 0; link < (int)links && !error && id != 91; link++) {
             char name[32];
             snprintf(name, sizeof name, "link-%d-down", link);
             if (answer(device, "nvlink", name, &down) != OK || !down) fields[i].value += (unsigned long long)each;
