@@ -70,7 +70,7 @@ size_of() {
     short-paper | short-paper-vllm)
         local levels="0.5,1,2"
         [ "$1" = paper ] || levels="4,8,16,32,64"
-        size+=(--workload alpaca --levels "$levels" --duration-seconds 15 --ramp-seconds 3 --min-requests 8 --repeats 1)
+        size+=(--workload alpaca --levels "$levels" --duration-seconds 30 --ramp-seconds 3 --min-requests 20 --repeats 1)
         ;;
     short-interference) size+=(--levels 16 --requests-per-user 12 --repeats 3 --output-mean 32) ;;
     whole-paper-vllm) size+=(--levels "8,16,32,64") ;;

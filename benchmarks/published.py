@@ -8,6 +8,7 @@ beside it.
 import argparse
 import json
 import math
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 
 from experiment.analysis.stats import ratio_of_pairs
 from experiment.report.caches import PAPER
+from experiment.run.stack import joined
 
 JSON = dict[str, Any]
 #: Sequences held at once, of OPT-13B with ShareGPT at 2 requests/s (Fig. 13 of the paper).
@@ -75,11 +77,11 @@ def speed(summary: JSON, plan: JSON) -> Iterator[str]:
 
 def options(plan: JSON) -> Iterator[str]:
     """What each server was started with, after an empty line."""
-    without = {"hf": "no options, so one request at a time", "vllm": "no options"}
-    said = {
-        one["name"]: "it ran already" if one["url"] else f"`{one['args']}`" if one["args"] else without[one["kind"]]
-        for one in plan["targets"]
-    }
+    without = {"hf": "no options, so one request at a time", "vllm": "no options of its own"}
+    said = {}
+    for one in plan["targets"]:
+        args = shlex.join(joined(plan.get(f"{one['kind']}_args", ""), one["args"]))
+        said[one["name"]] = "it ran already" if one["url"] else f"`{args}`" if args else without[one["kind"]]
     yield from ("", f"Servers: {'; '.join(f'`{name}`: {what}' for name, what in said.items())}.")
 
 
@@ -104,16 +106,20 @@ def client(runs: Mapping[str, JSON]) -> Iterator[str]:
 def rates(plan: JSON, *summaries: JSON) -> Iterator[str]:
     """Normalized latency against the rate of arrivals, which is what the paper's Fig. 12 shows.
 
-    Where a queue grew, it would be longer the longer the load lasts.
+    Where a queue grew, or the cell was too short for what waited in it, there is no mean.
     """
     yield from options(plan)
-    yield from table("requests/s", "server", "normalized latency", "queue", "TTFT p50", "tokens/s", "in flight at most")
+    yield from table(
+        "requests/s", "that came", "server", "normalized latency", "TTFT p50", "tokens/s", "running at most, sampled"
+    )
     for level, target, figures in (one for summary in summaries for one in each(summary)):
         yield row(
             f"{level['level']:g}",
+            f"{figures['offered_rate']:.2f}",
             target,
-            f"{figures['normalized_latency'] * 1e3:.1f} ms/token",
-            "grew" if figures["unstable"] else "",
+            "no mean"
+            if figures["unstable"] or figures["short"]
+            else f"{figures['normalized_latency'] * 1e3:.1f} ms/token",
             f"{figures['ttft_seconds']['p50']:.3f} s",
             f"{figures['output_throughput_mean']:,.0f}",
             f"{figures['memory']['kv']['running']['max']:.0f}",
@@ -179,7 +185,7 @@ def sampling(monitor: JSON) -> Iterator[str]:
     yield ""
     for gpu, held in monitor["monitor"][-1]["memory"].items():
         share = held["parts"]["unattributed"] / held["used"]
-        yield f"Of the {held['used'] / 1e9:.2f} GB in use on GPU {gpu} (by the monitor), {share:.2%} are of no server."
+        yield f"Of the {held['used'] / 1e9:.2f} GB in use on GPU {gpu} (by its count), {share:.2%} are of no server."
 
 
 def slowdown(measured: Sequence[JSON], what: str) -> Iterator[str]:

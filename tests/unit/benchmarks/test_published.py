@@ -22,13 +22,13 @@ def test_the_page_of_the_earlier_run_has_the_verdicts_of_both() -> None:
 
 def test_a_run_agrees_with_itself() -> None:
     rows = list(agreement(RESULTS / "h200", RESULTS / "h200"))[3:]
-    assert len(rows) > 20
+    assert len(rows) >= 18
     assert all(line.endswith("| yes |") for line in rows)
 
 
 def test_runs_that_one_folder_lacks_are_passed_over() -> None:
     rows = list(agreement(RESULTS / "h200", RESULTS / "h200-earlier"))[3:]
-    assert (RESULTS / "h200/paper").is_dir()
+    assert (RESULTS / "h200/paper-vllm").is_dir()
     assert {line.split(" | ")[0] for line in rows} == {"| ladder", "| quick", "| same-memory"}
 
 
@@ -52,7 +52,7 @@ def test_the_shares_of_the_monitor_and_of_what_is_beside_it_are_all_of_a_core() 
         "| `gpu0-fast` | 1.20% |",
         "| `governor` | 0.10% |",
         "",
-        "Of the 2.00 GB in use on GPU 0 (by the monitor), 25.00% are of no server.",
+        "Of the 2.00 GB in use on GPU 0 (by its count), 25.00% are of no server.",
     ]
 
 
