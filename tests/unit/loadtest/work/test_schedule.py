@@ -46,6 +46,11 @@ def test_a_known_number_of_arrivals_has_exactly_the_rate(given: dict[str, Any], 
     assert known[-1] != pytest.approx(plain[-1], rel=0.01)
 
 
+def test_more_requests_than_can_be_looked_at_before_the_start_are_not_waited_for() -> None:
+    given = {"arrival": "poisson", "rate": 2}
+    assert offsets(50, requests=10**12, **given) == offsets(50, **given)
+
+
 def test_the_seed_of_the_options_decides() -> None:
     given = {"arrival": "poisson", "rate": 3}
     assert offsets(50, seed=4, **given) == offsets(50, seed=4, **given) != offsets(50, seed=5, **given)
