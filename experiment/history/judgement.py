@@ -138,15 +138,7 @@ def _regression(group: str, metric: str, change: Change | None, allowed: float) 
     if change is None:
         return ruling
     figures = show(metric, change.first), show(metric, change.second), ratio(change)
-    ruling = Ruling(
-        group,
-        rule,
-        "invalid",
-        "a run is not valid, or drifted, or is too short for what waited",
-        metric,
-        limit,
-        *figures,
-    )
+    ruling = Ruling(group, rule, "invalid", "a run is not valid, drifted or was too short", metric, limit, *figures)
     if change.verdict == "invalid":
         return ruling
     if change.low is None and change.verdict == "worse":
