@@ -2,7 +2,8 @@
 
 Each server is loaded in cells of equal length, without and with sampling in A B B A order. The ratio is that of
 neighbours, with a 95 % interval over the pairs; it is within noise when the interval holds 1. The sampler is that of
-`headroom compare`, in a process of its own. The time and the CPU of one scrape are measured on the idle server.
+`headroom compare`, in a process of its own, which is stopped (SIGSTOP) in the cells without it. The time and the CPU of
+one scrape are measured on the idle server.
 """
 
 import argparse
@@ -14,14 +15,16 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from multiprocessing.synchronize import Event
 from pathlib import Path
 from statistics import fmean
 
+import numpy as np
 import psutil
+import pyarrow.compute as pc
 
 from benchmarks import serving
 from benchmarks.ladder import made
@@ -73,8 +76,8 @@ def sample(server: str, url: str, path: Path, ready: Event, over: Event) -> None
 
 
 @contextmanager
-def sampling(server: str, url: str, path: Path) -> Iterator[None]:
-    """Sample a server into a file from the beginning of the block to its end."""
+def sampling(server: str, url: str, path: Path) -> Iterator[psutil.Process]:
+    """Sample a server into a file, in a process of its own, from the beginning of the block to its end."""
     context = multiprocessing.get_context("spawn")
     ready, over = context.Event(), context.Event()
     process = context.Process(target=sample, args=(server, url, path, ready, over), daemon=True)
@@ -82,7 +85,7 @@ def sampling(server: str, url: str, path: Path) -> Iterator[None]:
     try:
         if not ready.wait(30):
             raise RunError("the sampler did not start within 30 s")
-        yield
+        yield psutil.Process(process.pid)
     finally:
         over.set()
         process.join(10)
@@ -128,21 +131,31 @@ def _cpu_seconds(program: Program) -> float:
     return sum(one.user + one.system for one in times)
 
 
-def paired(options: Options, program: Program, watched: Callable[[int], AbstractContextManager[None]]) -> JSON:
-    """Load a server in A B B A order, without and with what watches it, and hold each cell against the one beside it.
+def paired(options: Options, program: Program, watcher: psutil.Process) -> JSON:
+    """Load a server in A B B A order, with what watches it stopped and at work; hold each cell against its neighbour.
 
-    `watched` makes the context of the cell of that number.
+    Nothing starts or ends between cells, so that a server waits as long before each.
     """
     speeds: dict[bool, list[float]] = {False: [], True: []}
     throughput(options, program.url, 0)  # warm-up
     for number, now in enumerate([False, True, True, False] * options.rounds):
         time.sleep(SETTLE_SECONDS)  # the requests that were cut off end
-        with watched(number) if now else nullcontext():
+        with nullcontext() if now else stopped(watcher):
             speeds[now].append(throughput(options, program.url, number // 2 + 1))
         program.check()
     ratios = [b / a for a, b in zip(speeds[False], speeds[True], strict=True)]
     known = {"without": speeds[False], "with": speeds[True]}
     return {"tokens_per_second": known, "ratios": ratios, **asdict(ratio_of_pairs(ratios))}
+
+
+@contextmanager
+def stopped(process: psutil.Process) -> Iterator[None]:
+    """A process does nothing during the block."""
+    process.suspend()
+    try:
+        yield
+    finally:
+        process.resume()
 
 
 def ratio(found: JSON) -> str:
@@ -154,17 +167,19 @@ def ratio(found: JSON) -> str:
 
 def measure(options: Options, server: str, program: Program, folder: Path) -> JSON:
     """What sampling costs one server."""
-    found = paired(options, program, lambda number: sampling(server, program.url, folder / f"{number}.arrow"))
-    rates = [rate(path) for path in sorted(folder.glob("*.arrow"))]
+    path = folder / f"{server}.arrow"
+    with sampling(server, program.url, path) as sampler:
+        found = paired(options, program, sampler)
     scrape = scrape_cost(server, program, folder)
-    return {"server": server, **found, "samples_per_second": fmean(rates), "scrape": scrape}
+    return {"server": server, **found, "samples_per_second": rate(path, options.cell_seconds), "scrape": scrape}
 
 
-def rate(path: Path) -> float:
-    """Good samples per second in a file."""
+def rate(path: Path, cell_seconds: float) -> float:
+    """Good samples per second in a file; where two are a cell apart, the sampler was stopped."""
     table = kv.read(path)
-    times = table["answered_ns"].to_numpy()
-    return float((table["error"].null_count - 1) / (times[-1] - times[0]) * 1e9)
+    good = table.filter(pc.is_null(table["error"]))
+    gaps = np.diff(good["answered_ns"].to_numpy()) / 1e9
+    return float(1 / np.mean(gaps[gaps < cell_seconds]))
 
 
 def line(found: JSON) -> str:

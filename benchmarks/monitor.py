@@ -23,6 +23,7 @@ from functools import partial
 from operator import itemgetter
 from pathlib import Path
 
+import psutil
 import pyarrow as pa
 import pyarrow.compute as pc
 from prometheus_client.parser import text_string_to_metric_families
@@ -152,15 +153,15 @@ def lateness(program: Program, since_ns: int, source: str, hz: int) -> tuple[lis
     return late, len(taken)
 
 
-def slowdown(bench: Bench, servers: Servers) -> list[JSON]:
-    """Throughput of each server without and with a monitor of the highest rate, in A B B A order."""
-    rows = []
-    for server in bench.load.servers:
-        program = servers.programs[server]
-        found = kv_sampling.paired(bench.load, program, lambda _: watching(bench.hz[-1], servers))
-        rows.append({"server": server, "hz": bench.hz[-1], **found})
-        print(slowed(rows[-1]), flush=True)
-    return rows
+def slowdown(bench: Bench, servers: Servers, rows: list[JSON]) -> None:
+    """Throughput of each server beside a monitor of each rate that is stopped and at work, in A B B A order."""
+    for hz in bench.hz:
+        with monitor(hz, servers) as watcher:
+            for server in bench.load.servers:
+                found = kv_sampling.paired(bench.load, servers.programs[server], psutil.Process(watcher.process.pid))
+                watcher.check()
+                rows.append({"server": server, "hz": hz, **found})
+                print(slowed(rows[-1]), flush=True)
 
 
 @contextmanager
@@ -185,13 +186,6 @@ def send(load: kv_sampling.Options, urls: Sequence[str]) -> None:
         await asyncio.gather(*(closed_loop(*one, load.users) for one in zip(urls, requests, strict=True)))
 
     asyncio.run(all_of_them())
-
-
-@contextmanager
-def watching(hz: int, servers: Servers) -> Iterator[None]:
-    """A monitor beside a cell."""
-    with monitor(hz, servers):
-        yield
 
 
 def ms(times: JSON) -> str:
@@ -294,14 +288,14 @@ def run(bench: Bench, found: JSON) -> None:
                 print(apart(one), flush=True)
             print(held(found["monitor"][-1]["memory"]), flush=True)
             beside(bench, Path(name), found)
-        found["slowdown"] = slowdown(bench, servers)
+        slowdown(bench, servers, found["slowdown"])
 
 
 def parse(arguments: Sequence[str]) -> tuple[Bench, Path | None]:
     """Read the command line."""
     parser = argparse.ArgumentParser(prog="benchmarks.monitor", description=(__doc__ or "").partition("\n")[0])
     add = partial(parser.add_argument, metavar="...")
-    add("--hz", type=serving.numbers, default="10,100,1000", help="samples a second; servers run beside the last")
+    add("--hz", type=serving.numbers, default="10,100,1000", help="samples a second")
     add("--seconds", type=float, default=20, help="how long each monitor is measured")
     add("--exporter", default=EXPORTER, help="program of the exporter beside it, if it is there: nvitop-exporter")
     kv_sampling.add_load(add, "sequential,vllm")

@@ -193,7 +193,8 @@ def slowdown(measured: Sequence[JSON], what: str) -> Iterator[str]:
     yield from table("server", f"tokens/s without {what}", "with", "with over without")
     for one in measured:
         means = (f"{fmean(one['tokens_per_second'][name]):,.0f}" for name in ("without", "with"))
-        yield row(one["server"], *means, times(one))
+        at = f" ({one['hz']} Hz)" if "hz" in one else ""
+        yield row(one["server"] + at, *means, times(one))
 
 
 def agreement(first: Path, second: Path) -> Iterator[str]:
@@ -291,8 +292,7 @@ def page(folder: Path) -> str:
         parts["Two servers, each on a GPU of its own"] = interference(runs["own-gpus-alone"], runs["own-gpus-together"])
     if "monitor" in files:
         parts["What the monitor takes"] = sampling(files["monitor"])
-        at = f"the monitor at {files['monitor']['slowdown'][0]['hz']} Hz"
-        parts["Servers beside the monitor"] = slowdown(files["monitor"]["slowdown"], at)
+        parts["Servers beside the monitor"] = slowdown(files["monitor"]["slowdown"], "the monitor")
     if "kv-sampling" in files:
         parts["Servers whose KV cache is sampled"] = slowdown(files["kv-sampling"]["results"], "sampling")
     return "\n".join("\n".join((f"### {title}", *lines, "")) for title, lines in parts.items())

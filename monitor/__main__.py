@@ -1,6 +1,7 @@
 """Starts the monitor: `python -m monitor`."""
 
 import errno
+import faulthandler
 import logging
 import os
 import socket
@@ -38,6 +39,8 @@ def main(argv: Sequence[str]) -> int:
     except OSError as error:
         print(f"monitor: {refusal(error, settings)}", file=sys.stderr)
         return 1
+    # The driver's library runs in this process: where it crashes, its threads are told.
+    faulthandler.enable()
     favour()
     serve(settings, listener)
     return 0

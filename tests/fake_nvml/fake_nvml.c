@@ -326,22 +326,16 @@ SCALAR(nvmlDeviceGetPcieThroughput, (Device *device, unsigned kind, unsigned *ou
 SCALAR(nvmlDeviceGetTotalEccErrors, (Device *device, unsigned type, unsigned counter, unsigned long long *out),
        unsigned long long, "ecc", counter ? "?" : type ? "ecc-uncorrected" : "ecc-corrected")
 
-/* NVML_FI_DEV_NVLINK_LINK_COUNT; and NVML_FI_DEV_NVLINK_THROUGHPUT_DATA_TX and _RX, of all links together alone
-   (scopeId UINT_MAX). */
 int nvmlDeviceGetFieldValues(Device *device, int count, Field *fields) {
     for (int i = 0; i < count; i++) {
-        double links = 0, each = 0, down;
-        unsigned id = fields[i].id;
-        const char *key = id == 138 ? "nvlink-tx" : "nvlink-rx";
-        int error = answer(device, "nvlink", "links", &links);
-        if (!error && id != 91) error = fields[i].scope == ~0U ? answer(device, "nvlink", key, &each) : INVALID;
-        fields[i].error = (unsigned)error;
-        fields[i].value = id == 91 ? (unsigned long long)links : 0;
-        for (int link = 0; link < (int)links && !error && id != 91; link++) {
-            char name[32];
-            snprintf(name, sizeof name, "link-%d-down", link);
-            if (answer(device, "nvlink", name, &down) != OK || !down) fields[i].value += (unsigned long long)each;
-        }
+        double value = 0;
+        /* NVML_FI_DEV_NVLINK_LINK_COUNT and NVML_FI_DEV_NVLINK_THROUGHPUT_DATA_TX, whose next is _RX. */
+        const char *key = fields[i].id == 91 ? "links" : fields[i].id == 138 ? "nvlink-tx" : "nvlink-rx";
+        char down[32];
+        snprintf(down, sizeof down, "link-%u-down", fields[i].scope);
+        int failed = fields[i].id != 91 && answer(device, "nvlink", down, &value) == OK && value;
+        fields[i].error = failed ? UNKNOWN : (unsigned)answer(device, "nvlink", key, &value);
+        fields[i].value = (unsigned long long)value;
     }
     return enter(device, "nvlink");
 }

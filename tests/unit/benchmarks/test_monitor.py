@@ -1,14 +1,17 @@
 """What the benchmark of the monitor makes of its timeline."""
 
 import io
+import os
 import subprocess
 from pathlib import Path
 
+import psutil
 import pyarrow as pa
 import pytest
 
 from benchmarks import monitor
-from benchmarks.kv_sampling import ratio
+from benchmarks.kv_sampling import rate, ratio, stopped
+from experiment.run import kv
 from experiment.run.stack import Program, RunError
 from monitor.timeline import Series
 from monitor.window import SCHEMA
@@ -57,3 +60,23 @@ def test_rounds_that_make_no_pairs_are_refused(rounds: str, capsys: pytest.Captu
 def test_the_dearest_thread_is_told_first() -> None:
     found = {"hz": 100, "thread_cpu_shares": {"gpu0-fast": 0.002, "gpu0-pcie": 0.0051}}
     assert monitor.apart(found) == "of a core at 100 Hz: gpu0-pcie 0.51%, gpu0-fast 0.20%"
+
+
+def test_what_watches_does_nothing_while_it_is_stopped() -> None:
+    watcher = psutil.Popen(["sleep", "60"])
+    try:
+        with stopped(watcher):
+            os.waitid(os.P_PID, watcher.pid, os.WSTOPPED)
+        os.waitid(os.P_PID, watcher.pid, os.WCONTINUED)
+    finally:
+        watcher.kill()
+        watcher.wait()
+
+
+def test_the_time_in_which_a_sampler_was_stopped_is_not_in_its_rate(tmp_path: Path) -> None:
+    times = [0.0, 0.1, 0.2, 5.2, 5.25, 5.3, 5.4]
+    rows = [{"answered_ns": int(at * 1e9), "error": "gone" if at == 5.25 else None} for at in times]
+    path = tmp_path / "kv.arrow"
+    with pa.ipc.new_stream(path, kv.SCHEMA) as stream:
+        stream.write_table(pa.Table.from_pylist(rows, kv.SCHEMA))
+    assert rate(path, 5) == pytest.approx(10)
