@@ -16,6 +16,7 @@ from statistics import fmean
 from typing import Any
 
 from experiment.analysis.stats import ratio_of_pairs
+from experiment.analysis.steady import has_mean
 from experiment.report.caches import PAPER
 from experiment.run.stack import joined
 
@@ -113,14 +114,13 @@ def rates(plan: JSON, *summaries: JSON) -> Iterator[str]:
         "requests/s", "that came", "server", "normalized latency", "TTFT p50", "tokens/s", "running at most, sampled"
     )
     for level, target, figures in (one for summary in summaries for one in each(summary)):
+        known = has_mean(figures)
         yield row(
             f"{level['level']:g}",
             f"{figures['offered_rate']:.2f}",
             target,
-            "no mean"
-            if figures["unstable"] or figures["short"]
-            else f"{figures['normalized_latency'] * 1e3:.1f} ms/token",
-            f"{figures['ttft_seconds']['p50']:.3f} s",
+            f"{figures['normalized_latency'] * 1e3:.1f} ms/token" if known else "no mean",
+            f"{figures['ttft_seconds']['p50']:.3f} s" if known else "no median",
             f"{figures['output_throughput_mean']:,.0f}",
             f"{figures['memory']['kv']['running']['max']:.0f}",
         )
@@ -158,7 +158,7 @@ def interference(alone: JSON, together: JSON) -> Iterator[str]:
         yield row(target, *means, over(one, both))
     (share,) = (gate["found"][0]["share"] for gate in together["gates"] if gate["id"] == "together")
     yield ""
-    yield f"In the worst cell both were under load for {share:.0%} of the time from its first to its last answer."
+    yield f"In the worst cell both were under load, and measured, for {share:.0%} of its time."
 
 
 def sampling(monitor: JSON) -> Iterator[str]:

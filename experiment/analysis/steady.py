@@ -19,6 +19,7 @@ from scipy.special import stdtr
 
 from experiment.analysis import stats
 from experiment.analysis.requests import UNKNOWN, Flags, Floats, Requests
+from experiment.analysis.results import JSON
 from experiment.analysis.stats import Window
 
 PARTS = 10
@@ -79,6 +80,11 @@ def drifts(cells: Mapping[int, Steady]) -> dict[int, dict[str, float]]:
 def short(cells: Mapping[int, Steady]) -> dict[int, float]:
     """In which cells requests waited too long beside the window, as shares of it."""
     return {index: cell.waited for index, cell in cells.items() if cell.waited > WAIT}
+
+
+def has_mean(figures: JSON) -> bool:
+    """Whether latencies of a level and target have a mean: no repeat drifted or was too short for what waited in it."""
+    return not figures.get("unstable") and not figures.get("short")
 
 
 def trend(values: Floats) -> Trend:

@@ -14,6 +14,7 @@ from experiment.analysis.analyse import analyse
 from experiment.analysis.requests import Floats
 from experiment.analysis.results import JSON, CellResult, Results, damage_named, goes_on, load
 from experiment.analysis.results import targets as targets_of
+from experiment.analysis.steady import has_mean
 from experiment.plan.rules import RATES
 
 Verdict = Literal["better", "worse", "no detectable difference", "invalid"]
@@ -162,9 +163,8 @@ def drifting(run: Run, key: Key) -> list[int]:
 
 
 def steady(run: Run, key: Key) -> bool:
-    """Whether latencies of a level and target have a mean: no repeat drifted or was too short for what waited in it."""
-    figures = _figures(run, key) or {}
-    return not figures.get("unstable") and not figures.get("short")
+    """Whether latencies of a level and target have a mean."""
+    return has_mean(_figures(run, key) or {})
 
 
 def _place(key: Key, order: Sequence[str]) -> tuple[float, int]:

@@ -145,7 +145,7 @@ class Plan(Checked):
     monitor_port: int = Field(9400, ge=1, le=65535, description="port of the monitor")
     monitor_url: str = Field("", pattern="^(https?://.+)?$", description="use the monitor there, start none")
     start_seconds: float = Field(900, gt=0, description="give up when a server is not healthy by then")
-    cell_seconds: float = Field(900, gt=0, description="give up on a cell that takes longer")
+    cell_seconds: float = Field(900, gt=0, le=86400, description="give up on a cell or a request that takes longer")
     out: str = Field("results", description="folder in which the run makes a folder of its own")
 
     @field_validator("targets")

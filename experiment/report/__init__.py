@@ -9,6 +9,7 @@ import yaml
 
 from experiment.analysis.analyse import analyse
 from experiment.analysis.results import JSON, Results, damage_named, load, write_tables
+from experiment.analysis.steady import has_mean
 from experiment.report import caches, charts, layers, look, sentence, tables
 from experiment.report.formats import filters
 from experiment.report.look import Frame
@@ -90,6 +91,8 @@ def page(results: Results, summary: JSON, drawn: Drawn) -> str:
         all_details={language: sentence.details(frame, summary) for language, frame in frames.items()},
         lead=charts.lead(frames["en"], summary, drawn["en"]),
         limited=_limited(frames["en"], summary),
+        full=caches.limited_by("memory", frames["en"], summary),
+        no_mean=[] if frames["en"].closed else _no_mean(summary),
         all_charts=drawn,
         summary=summary,
         plan=results.plan,
@@ -131,10 +134,15 @@ def _sampled(summary: JSON) -> Iterator[tuple[str, str, str]]:
             yield (layer, *name.split(" ", 2)[1:]) if of_gpu else (layer, "", name)
 
 
+def _no_mean(summary: JSON) -> list[tuple[float, str]]:
+    """The levels and targets whose latencies have no mean."""
+    levels = summary["levels"]
+    return [(one["level"], name) for one in levels for name, own in one["targets"].items() if not has_mean(own)]
+
+
 def _limited(frame: Frame, summary: JSON) -> dict[str, list[str]]:
     """The servers that held so many sequences for another reason than their memory, by that reason."""
-    found = caches.limits(frame, summary)
-    return {limit: own for limit in ("load", "other") if (own := [name for name in found if found[name] == limit])}
+    return {limit: own for limit in ("load", "other") if (own := caches.limited_by(limit, frame, summary))}
 
 
 def _sources(summary: JSON, plan: JSON) -> dict[tuple[str, int | None], list[str]]:

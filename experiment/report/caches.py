@@ -134,6 +134,11 @@ def limits(frame: Frame, summary: JSON) -> dict[str, str]:
     return {target: _limit(kv, last["level"] if frame.closed else math.inf) for target, kv in known.items()}
 
 
+def limited_by(limit: str, frame: Frame, summary: JSON) -> list[str]:
+    """The servers whose sequences were limited by that."""
+    return [target for target, found in limits(frame, summary).items() if found == limit]
+
+
 def _limit(cache: JSON, offered: float) -> str:
     if cache["running"]["max"] >= offered:
         return "load"

@@ -5,8 +5,9 @@ from collections.abc import Collection, Iterator, Sequence
 import altair as alt
 
 from experiment.analysis.results import JSON
+from experiment.analysis.steady import has_mean
 from experiment.report.bars import bars
-from experiment.report.caches import limits
+from experiment.report.caches import limited_by
 from experiment.report.look import (
     HEIGHT,
     INK,
@@ -29,6 +30,7 @@ LATENCIES = {
     "e2e": "e2e_seconds",
     "response": "response_seconds",
 }
+NO_MEAN = "\N{UPWARDS ARROW}"
 # Where the axes of charts with several panels stand, so that the panels are in line.
 EXTENT, PANEL = 46, WIDTH - 66
 
@@ -56,12 +58,11 @@ def draw(frame: Frame, summary: JSON, quantiles: Sequence[JSON], attainment: flo
 
 def lead(frame: Frame, summary: JSON, drawn: Collection[str]) -> list[str]:
     """The three charts that carry the verdict, by what was asked: a search, a schedule, a budget or a ladder."""
-    limited = [limit for limit in limits(frame, summary).values() if limit == "memory"]
     if summary.get("saturation"):
         own = ["saturation", "tradeoff", "goodput"]
     elif not frame.closed:
         own = ["normalized", "response", "throughput"]
-    elif len(limited) > 1:
+    elif len(limited_by("memory", frame, summary)) > 1:
         own = ["held", "waste", "throughput"]
     elif summary.get("ladder"):
         own = ["ladder", "throughput", "kv"]
@@ -77,10 +78,14 @@ def shown(frame: Frame) -> tuple[str, str, str]:
 
 
 def _figures(frame: Frame, levels: Sequence[JSON]) -> Iterator[tuple[JSON, JSON]]:
-    """What a row of a chart begins with, and the figures of its target and level."""
+    """What a row of a chart begins with, and the figures of its target and level.
+
+    `mark` is put over a latency that has no mean, as what waited would have waited longer in a longer run.
+    """
     for level in levels:
         for target, figures in level["targets"].items():
-            yield {"level": level["level"], "target": frame.name(target)}, figures
+            mark = "" if frame.closed or has_mean(figures) else NO_MEAN
+            yield {"level": level["level"], "target": frame.name(target), "mark": mark}, figures
 
 
 def _by_level(frame: Frame, rows: Sequence[JSON], *, titled: bool = True) -> alt.Chart:
@@ -122,13 +127,21 @@ def _percentiles(frame: Frame, levels: Sequence[JSON], metric: str) -> tuple[lis
     return [row | {name: found[name] * scale for name in ("p50", "p99")} for row, found in known], unit
 
 
-def _lines(frame: Frame, rows: Sequence[JSON], *, titled: bool = True) -> tuple[alt.Chart, alt.Chart]:
+def _lines(frame: Frame, rows: Sequence[JSON], *, titled: bool = True) -> list[alt.Chart]:
     """The median as a line, the 99th percentile as a dashed one."""
     base = _by_level(frame, rows, titled=titled)
     y = log_axis("p50:Q", [row[name] for row in rows for name in ("p50", "p99")])
     median = base.mark_line(point={"filled": True, "size": 45}).encode(y=y)
     tail = base.mark_line(strokeDash=[4, 3], point={"filled": False, "fill": "transparent", "size": 30})
-    return median, tail.encode(y="p99:Q")
+    return [median, tail.encode(y="p99:Q"), *_marks(frame, rows, "p50")]
+
+
+def _marks(frame: Frame, rows: Sequence[JSON], field: str) -> Iterator[alt.Chart]:
+    """What is put over values that have no mean."""
+    if marked := [row for row in rows if row["mark"]]:
+        color = frame.by_target()["color"]
+        text = table(marked).mark_text(dy=-11, fontSize=14, fontWeight=700)
+        yield text.encode(x="level:Q", y=f"{field}:Q", text="mark:N", color=color)
 
 
 def _latency(frame: Frame, levels: Sequence[JSON], name: str) -> Chart | None:
@@ -248,7 +261,7 @@ def _normalized(frame: Frame, levels: Sequence[JSON]) -> Chart | None:
         return bars(frame, own, frame.words("axis.normalized_plain", unit=unit))
     y = log_axis("value:Q", [row["value"] for row in rows])
     line = _by_level(frame, rows).mark_line(point={"filled": True, "size": 45}).encode(y=y)
-    return _fit(frame.words("axis.normalized", unit=unit), line)
+    return _fit(frame.words("axis.normalized", unit=unit), line, *_marks(frame, rows, "value"))
 
 
 def _goodput(frame: Frame, levels: Sequence[JSON]) -> Chart | None:

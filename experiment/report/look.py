@@ -82,7 +82,8 @@ class Frame:
         """The axis of levels, with a mark at each: by doublings of requests in flight, or linear from no request."""
         title = self.words("axis.closed" if self.closed else "axis.open") if titled else None
         shown = sorted(set(levels))
-        axis = alt.Axis(values=shown, format="~g", labelOverlap="greedy", grid=False)
+        # On a linear axis a `format` would be given as many digits as its steps need: 20 would be 2e+1.
+        axis = alt.Axis(values=shown, labelExpr="format(datum.value, '~g')", labelOverlap="greedy", grid=False)
         if self.closed:
             scale = alt.Scale(type="log", base=2, padding=12)
             return alt.X("level:Q", title=title, scale=scale, axis=axis)

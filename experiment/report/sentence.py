@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 from experiment.analysis import stats
 from experiment.analysis.results import JSON
-from experiment.report.caches import held, limits
+from experiment.analysis.steady import has_mean
+from experiment.report.caches import held, limited_by
 from experiment.report.layers import amount
 from experiment.report.look import Frame
 
@@ -79,7 +80,7 @@ def _judged(summary: JSON, level: JSON, target: str, metric: str) -> bool:
     if summary["valid"]:
         return bool(level["ratios"][target][metric]["verdict"] != "invalid")
     pair = (level["targets"].get(name, {}) for name in (summary["baseline"], target))
-    return metric == "output_throughput" or not any(figures.get("unstable") or figures.get("short") for figures in pair)
+    return metric == "output_throughput" or all(map(has_mean, pair))
 
 
 def _comparison(frame: Frame, summary: JSON, compared: Compared) -> str:
@@ -126,22 +127,20 @@ def _short(frame: Frame, ratio: JSON) -> str:
 
 
 def _queues(frame: Frame, summary: JSON) -> Iterator[str]:
-    """The levels at which latencies have no verdict, and of which targets."""
+    """The levels at which latencies have no mean, and of which targets."""
     if frame.closed:
         return
     for level in summary["levels"]:
-        metric = "response_seconds"
-        compared = [target for target, found in level["ratios"].items() if found.get(metric)]
-        grew = [frame.name(target) for target in compared if not _judged(summary, level, target, metric)]
-        if grew:
-            names = frame.words("join.list").join(grew)
+        waited = [frame.name(target) for target, figures in level["targets"].items() if not has_mean(figures)]
+        if waited:
+            names = frame.words("join.list").join(waited)
             yield frame.words("verdict.queue", where=_where(frame, summary, level["level"]), targets=names)
 
 
 def _held(frame: Frame, summary: JSON) -> Iterator[str]:
     """How many sequences each server held at once in the same bytes, where these were what limited it."""
     words = frame.words
-    limited = [target for target, limit in limits(frame, summary).items() if limit == "memory"]
+    limited = limited_by("memory", frame, summary)
     if len(limited) < 2:
         return
     counts = {target: one for target, one in held(summary["levels"]).items() if target in limited}

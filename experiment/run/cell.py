@@ -104,7 +104,8 @@ def workload_options(plan: Plan, stack: Stack) -> dict[str, object]:
     lengths = {"input-mean": plan.input_mean, "output-mean": plan.output_mean, "sigma": plan.sigma}
     # The others have their own, and the load test refuses options that it would not read.
     read = lengths if plan.workload == "lognormal" else {}
-    return {"workload": plan.workload, **read, "max-context": stack.max_model_len()}
+    # A request may wait as long as its cell may take: those at the end of a queue do.
+    return {"workload": plan.workload, **read, "max-context": stack.max_model_len(), "timeout": plan.cell_seconds}
 
 
 def user_of(target: Target) -> str:

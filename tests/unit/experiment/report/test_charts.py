@@ -16,6 +16,7 @@ from experiment import report
 from experiment.analysis.analyse import analyse
 from experiment.analysis.results import JSON, load
 from experiment.report import caches, charts, layers, look, tables
+from experiment.report.charts import NO_MEAN
 from experiment.report.quantiles import POINTS, quantiles, thinned
 from experiment.words import Words
 from tests.unit.experiment.analysis.test_analyse import LADDER, make, requests
@@ -49,6 +50,21 @@ def test_a_closed_loop_has_its_charts_and_no_others(tmp_path: Path) -> None:
 
 def test_an_open_loop_has_normalized_latency_and_goodput_and_the_search(tmp_path: Path) -> None:
     assert drawn(open_loop(tmp_path)).keys() == OPEN | {"saturation"}
+
+
+def test_an_axis_of_rates_has_each_rate_as_it_was_given(tmp_path: Path) -> None:
+    rates = (0.5, 16, 32, 64)
+    cells = [(name, rate, 1, False, requests(0.1, rate)) for name in ("one", "vllm") for rate in rates]
+    chart = drawn(make(tmp_path, cells, levels=list(rates), repeats=1, workload="alpaca"))["normalized"]
+    assert [rate for rate in ("0.5", "16", "32", "64") if f">{rate}</text>" in chart] == ["0.5", "16", "32", "64"]
+
+
+def test_an_arrow_is_over_latencies_that_have_no_mean(tmp_path: Path) -> None:
+    steady = [("vllm", level, 1, False, requests(0.1, level)) for level in (1, 2)]
+    waiting = [("one", level, 1, False, requests(ttft, level)) for level, ttft in ((1, 0.1), (2, 30))]
+    charts = drawn(make(tmp_path, [*steady, *waiting], levels=[1, 2], repeats=1, workload="alpaca"))
+    arrows = {name: chart.count(NO_MEAN) for name, chart in charts.items()}
+    assert arrows == dict.fromkeys(charts, 0) | {"normalized": 1, "response": 1, "ttft": 1, "tpot": 1, "latency": 2}
 
 
 def test_without_limits_there_is_no_chart_of_goodput(tmp_path: Path) -> None:

@@ -372,6 +372,17 @@ def test_html_in_the_name_of_a_model_is_shown_and_not_run(tmp_path: Path) -> Non
 
 
 @pytest.mark.usefixtures("no_charts")
+def test_latencies_without_a_mean_are_marked_and_not_compared(tmp_path: Path) -> None:
+    cells = [(name, 1.0, 1, False, requests(ttft)) for name, ttft in (("one", 30), ("vllm", 0.1))]
+    text = page(make(tmp_path, cells, levels=[1], repeats=1, workload="alpaca"))
+    means = re.findall(r"<tr[^>]*><td>[^<]*, ms: mean</td>(.*?)</tr>", text, re.DOTALL)
+    assert len(means) == 4
+    assert [(row.count("&nbsp;&uarr;"), row.count("not compared"), row.count("×")) for row in means] == [(1, 1, 0)] * 4  # noqa: RUF001
+    assert "×" in text  # noqa: RUF001 - the ratio of throughput
+    assert "the requests of one waited in a queue that grew" in text
+
+
+@pytest.mark.usefixtures("no_charts")
 def test_a_broken_rule_has_a_banner(tmp_path: Path) -> None:
     folder = make_small(tmp_path)
     change_records(folder, "01-hf-c1-r1", lambda records: records[:-1])

@@ -282,10 +282,10 @@ def test_a_latency_of_a_level_at_which_a_queue_grew_is_not_told() -> None:
         found = open_loop(calm, QUEUE, **changes)
         assert "t 2 requests/s vLLM answered 3.00 times" in sentence.verdict(frame("en", closed=False), found)
         assert sentence.details(frame("en", closed=False), found) == [
-            "At 4 requests/s the latencies of vLLM against the baseline are not judged: a queue grew, or the "
-            "cells were too short beside the time that requests waited, so they have no mean."
+            "At 4 requests/s the requests of HF waited in a queue that grew, or for long beside the length of the "
+            "cells: their latencies have no mean (\N{UPWARDS ARROW}) and are compared with none."
         ]
-        assert "4 请求/秒时，vLLM 与基准相比的延迟不作判断" in sentence.details(frame("zh", closed=False), found)[0]  # noqa: RUF001
+        assert "4 请求/秒时，HF 的请求在不断增长的队列中等待" in sentence.details(frame("zh", closed=False), found)[0]  # noqa: RUF001
 
 
 def test_where_every_latency_is_without_a_verdict_the_throughput_is_told() -> None:

@@ -43,10 +43,10 @@ class Context:
 
 @pytest.mark.parametrize("workload", ["lognormal", "classic", "sharegpt", "alpaca"])
 def test_a_cell_passes_only_the_lengths_that_its_workload_reads(workload: str) -> None:
-    plan = make_plan(workload=workload, input_mean=9.5, output_mean=12, sigma=0.1)
+    plan = make_plan(workload=workload, input_mean=9.5, output_mean=12, sigma=0.1, cell_seconds=3600)
     options = run.workload_options(plan, cast(Any, Context()))
     taken = check({name.replace("-", "_"): value for name, value in options.items()})
-    assert (taken.workload, taken.max_context) == (workload, 2048)
+    assert (taken.workload, taken.max_context, taken.timeout) == (workload, 2048, 3600)
     expected = (9.5, 12, 0.1) if workload == "lognormal" else (64, 48, 0.6)
     assert (taken.input_mean, taken.output_mean, taken.sigma) == expected
 
