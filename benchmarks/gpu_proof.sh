@@ -83,7 +83,7 @@ size_of() {
         ;;
     esac
     case $SIZE in # of the benchmarks
-    short) seconds=(--rounds 3 --cell-seconds 5 --warmup-seconds 1) hz=(--hz "100,1000" --seconds 8) ;;
+    short) seconds=(--rounds 3 --cell-seconds 5 --warmup-seconds 1) hz=(--seconds 8) ;;
     whole) seconds=() hz=() ;;
     smoke) seconds=(--rounds 1 --cell-seconds 3 --warmup-seconds 1) hz=(--hz 10 --seconds 2) ;;
     esac

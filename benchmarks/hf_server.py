@@ -252,7 +252,7 @@ def parse(arguments: Sequence[str]) -> tuple[Bench, Path | None]:
     add("--repeats", type=int, default=4, help="how often each cell is measured; an even number is fair to both")
     some = "sequential,batch,batch-static,continuous"
     add("--rungs", type=partial(serving.names, allowed=PEERS), default=some, help=", ".join(PEERS))
-    add("--out", type=Path, help="file for all figures, as JSON")
+    add("--out", type=serving.new_file, help="file for all figures, as JSON")
     given = vars(parser.parse_args(arguments))
     out, model = given.pop("out"), resolve(given.pop("model"))
     if not model.weights:

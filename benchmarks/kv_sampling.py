@@ -230,7 +230,7 @@ def parse(arguments: Sequence[str]) -> Options:
     parser = argparse.ArgumentParser(prog="benchmarks.kv_sampling", description=(__doc__ or "").partition("\n")[0])
     add = partial(parser.add_argument, metavar="...")
     add_load(add, "sequential,continuous,vllm")
-    add("--out", type=Path, help="file for the figures as JSON")
+    add("--out", type=serving.new_file, help="file for the figures as JSON")
     return Options(**vars(parser.parse_args(arguments)))
 
 

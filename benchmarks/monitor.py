@@ -49,6 +49,8 @@ from experiment.run.stack import Program, RunError, end, get
 SETTLE_SECONDS, START_SECONDS = 16.0, 900.0
 # What a monitor may take of a core by default, and what it must be allowed for each sample a second to take them all.
 MAX_CPU, SAMPLE_CPU_SECONDS = 0.02, 1e-4
+# Of the rates, the last ones, beside which servers run.
+SLOWING = 2
 LATENESS, MISSED = "monitor_sample_lateness_seconds", "monitor_samples_missed"
 
 
@@ -154,8 +156,8 @@ def lateness(program: Program, since_ns: int, source: str, hz: int) -> tuple[lis
 
 
 def slowdown(bench: Bench, servers: Servers, rows: list[JSON]) -> None:
-    """Throughput of each server beside a monitor of each rate that is stopped and at work, in A B B A order."""
-    for hz in bench.hz:
+    """Throughput of each server beside a monitor that is stopped and at work, in A B B A order, at the highest rates."""
+    for hz in bench.hz[-SLOWING:]:
         with monitor(hz, servers) as watcher:
             for server in bench.load.servers:
                 found = kv_sampling.paired(bench.load, servers.programs[server], psutil.Process(watcher.process.pid))
@@ -295,11 +297,11 @@ def parse(arguments: Sequence[str]) -> tuple[Bench, Path | None]:
     """Read the command line."""
     parser = argparse.ArgumentParser(prog="benchmarks.monitor", description=(__doc__ or "").partition("\n")[0])
     add = partial(parser.add_argument, metavar="...")
-    add("--hz", type=serving.numbers, default="10,100,1000", help="samples a second")
+    add("--hz", type=serving.numbers, default="10,100,1000", help="samples a second; servers run beside the last two")
     add("--seconds", type=float, default=20, help="how long each monitor is measured")
     add("--exporter", default=EXPORTER, help="program of the exporter beside it, if it is there: nvitop-exporter")
     kv_sampling.add_load(add, "sequential,vllm")
-    add("--out", type=Path, help="file for the figures as JSON")
+    add("--out", type=serving.new_file, help="file for the figures as JSON")
     given = vars(parser.parse_args(arguments))
     own, out = {name: given.pop(name) for name in ("hz", "seconds", "exporter")}, given.pop("out")
     return Bench(**own, load=kv_sampling.Options(**given, out=None)), out

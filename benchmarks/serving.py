@@ -285,6 +285,14 @@ def about(device: str, dtype: str) -> JSON:
     return {"device": device, "device_name": name, "dtype": dtype} | found
 
 
+def new_file(text: str) -> Path:
+    """Read the path of a file that can be made."""
+    found = Path(text)
+    if found.is_dir() or not found.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a file in a folder that is there")
+    return found
+
+
 def number(text: str) -> int:
     """Read a positive number."""
     found = numbers(text)

@@ -39,8 +39,9 @@ def main(argv: Sequence[str]) -> int:
     except OSError as error:
         print(f"monitor: {refusal(error, settings)}", file=sys.stderr)
         return 1
-    # The driver's library runs in this process: where it crashes, its threads are told.
-    faulthandler.enable()
+    if sys.stderr:
+        # The driver's library runs in this process: if it crashes, what each thread did is told.
+        faulthandler.enable()
     favour()
     serve(settings, listener)
     return 0

@@ -53,6 +53,7 @@ METRICS = {
     "monitor_sample_lateness_max_seconds": ("How late a sample began at most in the last 120 seconds", SOURCE),
     "monitor_source_cpu_seconds_total": ("CPU time of the source's threads", ("source", "thread")),
     "monitor_cpu_seconds_total": ("CPU time of the monitor, all threads", NONE),
+    "monitor_refused_processes_total": ("Processes on a GPU whose environment the kernel does not show", ()),
     "monitor_nvml_errors_total": ("NVML calls that failed, those of no GPU under an empty name", ("gpu", "call")),
     "monitor_series_left_out": ("Series that find no room in the timeline, as of too many servers", NONE),
     "monitor_scrape_duration_seconds": ("How long the last scrape took to answer", NONE),
@@ -147,6 +148,7 @@ class TimelineCollector(Collector):
                     values[name][source.name,] = value
             for sampler in source.samplers:
                 values["monitor_source_cpu_seconds_total"][source.name, sampler.name] = sampler.cpu_seconds
+        values["monitor_refused_processes_total"][()] = self._gpus.refused()
         values["monitor_series_left_out"][()] = self._timeline.left_out(now_ns - STALE_NS)
         if self.scrape_seconds is not None:
             values["monitor_scrape_duration_seconds"][()] = self.scrape_seconds

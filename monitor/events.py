@@ -14,8 +14,8 @@ from monitor.timeline import CLOCKS, Clocks, Series, Timeline
 
 log = logging.getLogger(__name__)
 
-# How long one wait inside NVML takes at most: NVML is closed after a wait has ended.
-WAIT_MS = 2000
+# How long one wait inside NVML takes at most: NVML is closed, and the program ends, after a wait has ended.
+WAIT_MS = 1000
 # Seconds until the next try after an error, and while there is nothing to wait for.
 PAUSE = 0.5
 # Seconds in which a wait must have ended.
@@ -62,6 +62,10 @@ class Events:
                 gpus[_address(device.handle)] = device.gpu
             except pynvml.NVMLError as error:
                 failed.append((device, error))
+        if events is not None and not gpus:
+            # With nothing registered a wait may come back at once, again and again.
+            pynvml.nvmlEventSetFree(events)
+            events = None
         self._gpus, self._set = gpus, events
         return failed
 

@@ -93,6 +93,10 @@ class Gpus:
         """XID errors since the monitor was started, by GPU and code, those of lost GPUs too."""
         return self._events.xids
 
+    def refused(self) -> int:
+        """How many processes use a GPU and have an environment that the kernel does not show."""
+        return self._sampling.processes.refused
+
     def throttled(self) -> dict[tuple[str, str], float]:
         """Seconds in which a reason held the clocks down, by GPU and reason, from the samples."""
         return {(gpu.gpu, reason): sec for gpu in self.found.values() for reason, sec in gpu.throttled.items()}

@@ -4,6 +4,7 @@ Source: proc(5). To read smaps_rollup the kernel walks the process's page tables
 4 KiB pages. That is by far the dearest reading, so it has a thread of its own that delays no other, and a budget.
 """
 
+import logging
 import os
 import time
 from collections import defaultdict
@@ -12,6 +13,8 @@ from dataclasses import dataclass
 
 from monitor import procfs
 from monitor.timeline import Readings, Series
+
+log = logging.getLogger(__name__)
 
 # Less than a second by two samples at 10 Hz, so that a new process is in the readings within a second.
 SCAN_EVERY_NS = 800_000_000
@@ -52,6 +55,7 @@ class Processes:
     that goes on as another program (exec) under a new name changes its server: within a scan in its first seconds, as
     a process that was just forked does, and within half a minute later in its life.
 
+    `refused` counts those that use a GPU and whose environment the kernel does not show, as to another user.
     `generation` grows whenever what `server_of` has answered may no longer hold. `of_host` tells whether the pids here
     are those of the host, as NVML's may be; if not, a process gets memory of a GPU only if it has one open. With a
     `stack`, servers whose environment names another one are left out.
@@ -59,6 +63,7 @@ class Processes:
 
     def __init__(self, clock: Callable[[], int] = time.monotonic_ns, stack: str = "") -> None:
         self.generation = 0
+        self.refused = 0
         self.of_host = procfs.in_host_namespace()
         self._clock = clock
         self._stack = stack
@@ -94,6 +99,14 @@ class Processes:
 
     def _inherited(self, pid: int, stat: procfs.Stat | None) -> str:
         """Look for a server in the environment of a process, else of its parent, and so on."""
+        if procfs.server_named(pid, self._stack) is None:
+            self.refused += 1
+            if self.refused == 1:
+                log.warning(
+                    "process %d uses a GPU, and the kernel does not show its environment: its memory may be "
+                    "unattributed. Run the monitor as root, or as the user of the servers",
+                    pid,
+                )
         for _ in range(MAX_ANCESTORS):
             if name := procfs.server_named(pid, self._stack):
                 return name
@@ -223,7 +236,7 @@ class Processes:
                 process.server = procfs.server_named(pid, self._stack) or process.server
         # By age, so that a parent is known before its children.
         for pid, process in sorted(new, key=lambda pair: (pair[1].started, pair[0])):
-            process.server = procfs.server_named(pid, self._stack)
+            process.server = procfs.server_named(pid, self._stack) or ""
             seen[pid] = process
         members = {}
         for pid, process in seen.items():

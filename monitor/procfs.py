@@ -70,15 +70,15 @@ def _read(pid: int, name: str) -> bytes:
     return content
 
 
-def server_named(pid: int, stack: str = "") -> str:
-    """Answer the server that the environment of a process names; empty when there is none, or it cannot be read.
+def server_named(pid: int, stack: str = "") -> str | None:
+    """Answer the server that the environment of a process names; empty when there is none, None when it is not shown.
 
-    Also when it names another stack than the one given: then it is a server of another comparison on this machine.
+    Empty also when it names another stack than the one given: then it is a server of another comparison.
     """
     try:
         environ = _read(pid, "environ")
     except OSError:
-        return ""
+        return None
     found = re.findall(r"(?:^|\0)HEADROOM_(SERVER|STACK)=([^\0]+)", environ.decode(errors="replace"))
     names = dict(reversed(found))
     return "" if stack and names.get("STACK", stack) != stack else names.get("SERVER", "")

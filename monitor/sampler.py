@@ -40,9 +40,9 @@ class Sampler(threading.Thread):
         self._cpu_seconds = 0.0
 
     def stop(self) -> None:
-        """End the thread, or leave it behind after a second if it is stuck."""
+        """End the thread, or leave it behind after two seconds if it is stuck."""
         self._stopping.set()
-        self.join(timeout=1)
+        self.join(timeout=2)
 
     def alive(self) -> bool:
         """Tell whether samples are being taken."""

@@ -3,6 +3,7 @@
 Device and process come from the monitor's timeline, the allocator and the KV cache from the samples of /metrics.
 """
 
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -171,10 +172,15 @@ def _series(timeline: pa.Table, metric: str, layer: Layer, name: str) -> Iterato
         texts = pc.fill_null(rows[column].cast(pa.string()), "")
         rows = rows.set_column(rows.schema.get_field_index(column), column, texts)
     owners = rows.group_by(["gpu", "server"]).aggregate([]).to_pylist()
-    for owner in sorted(owners, key=lambda owner: ([int(n) for n in owner["gpu"].split("/") if n], owner["server"])):
+    for owner in sorted(owners, key=lambda owner: (_numbered(owner["gpu"]), owner["server"])):
         same = pc.and_(pc.equal(rows["gpu"], owner["gpu"]), pc.equal(rows["server"], owner["server"]))
         own = rows.filter(same).sort_by("time_ns")
         yield Series(layer, owner["server"], owner["gpu"], name, own["time_ns"].to_numpy(), own["value"].to_numpy())
+
+
+def _numbered(gpu: str) -> list[tuple[int, str]]:
+    """A key that puts GPU 2 before GPU 10; one that took another's place has its UUID after the number (2:GPU-...)."""
+    return [(int(part), "") if part.isdecimal() else (0, part) for part in re.split("[/:]", gpu)]
 
 
 def over_time(series: Series, windows: Sequence[Window]) -> JSON | None:

@@ -21,6 +21,7 @@ import psutil
 
 from experiment.environment import find_gpus
 from experiment.plan.plan import Plan, Target
+from monitor.settings import PREFIX, Settings
 
 TAIL_LINES = 12
 STOP_SECONDS = 30
@@ -197,7 +198,13 @@ class Stack:
         return spawn([sys.executable, "-m", *command], log, environment)
 
     def _monitor(self) -> "str | list[str]":
-        return self._plan.monitor_url or ["monitor", "--port", str(self._plan.monitor_port)]
+        """Our own may take its usual share of a core for each GPU, as each needs it, unless the user says otherwise."""
+        if self._plan.monitor_url:
+            return self._plan.monitor_url
+        command, gpus = ["monitor", "--port", str(self._plan.monitor_port)], len(find_gpus()[0])
+        if gpus > 1 and f"{PREFIX}MAX_CPU" not in os.environ:
+            command += ["--max-cpu", f"{min(1.0, gpus * Settings.model_fields['max_cpu'].default):g}"]
+        return command
 
     def _servers(self) -> dict[str, "str | list[str]"]:
         return {t.name: t.url or command_of(self._plan, t, self._ports[t.name]) for t in self._plan.targets}

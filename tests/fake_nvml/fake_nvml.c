@@ -378,7 +378,7 @@ int nvmlEventSetFree(Set *set) {
     return OK;
 }
 
-/* Events come before the errors of their devices. While nothing comes it looks every 50 ms. */
+/* Events come before the errors of their devices. While nothing comes it looks every 50 ms; of no device none can. */
 int nvmlEventSetWait_v2(Set *set, Xid *xid, unsigned milliseconds) {
     for (int waited = 0;; waited += 50) {
         int error = OK;
@@ -391,7 +391,7 @@ int nvmlEventSetWait_v2(Set *set, Xid *xid, unsigned milliseconds) {
             if (failed) error = failed;
         }
         if (error) return error;
-        if (waited >= (int)milliseconds || fake_nvml_now) return TIMEOUT;
+        if (waited >= (int)milliseconds || fake_nvml_now || !set->count) return TIMEOUT;
         usleep(50000);
     }
 }

@@ -14,7 +14,7 @@ from tests.fake_nvml.fake import FOREVER, GIB, SECOND, Metrics, MonitorProcess, 
 
 pytestmark = pytest.mark.alone
 
-LOST, RESET_REQUIRED, UNINITIALIZED, NOT_LOADED, NO_PERMISSION, UNKNOWN = 15, 16, 1, 9, 4, 999
+LOST, RESET_REQUIRED, UNINITIALIZED, NOT_LOADED, NO_PERMISSION, UNKNOWN, NOT_SUPPORTED = 15, 16, 1, 9, 4, 999, 3
 VALUES = {
     "reserved": GIB,
     "utilization": 75,
@@ -384,3 +384,10 @@ def test_a_crash_in_the_library_of_the_driver_tells_what_each_thread_did(script:
     assert monitor.process.wait(10) == -signal.SIGSEGV
     assert "Fatal Python error: Segmentation fault" in monitor.log
     assert "/monitor/sampler.py" in monitor.log
+
+
+def test_where_no_gpu_tells_of_xid_errors_nothing_waits_for_them(script: Script, start: Start) -> None:
+    script.add("device 0", 80 * GIB).add("fault 0", FOREVER, 0, "xid", NOT_SUPPORTED)
+    monitor = start()
+    time.sleep(2)
+    assert monitor.metrics()["monitor_source_cpu_seconds_total", "nvml", "gpus-events"] < 0.1

@@ -57,6 +57,16 @@ def test_rounds_that_make_no_pairs_are_refused(rounds: str, capsys: pytest.Captu
     assert "--rounds" in capsys.readouterr().err
 
 
+def test_a_file_that_cannot_be_made_is_refused_before_all_is_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for path in (tmp_path, tmp_path / "none" / "file"):
+        with pytest.raises(SystemExit):
+            monitor.parse(["--out", str(path)])
+        assert f"{str(path)!r}: expected a file in a folder that is there" in capsys.readouterr().err
+    assert monitor.parse(["--out", str(tmp_path / "file")])[1] == tmp_path / "file"
+
+
 def test_the_dearest_thread_is_told_first() -> None:
     found = {"hz": 100, "thread_cpu_shares": {"gpu0-fast": 0.002, "gpu0-pcie": 0.0051}}
     assert monitor.apart(found) == "of a core at 100 Hz: gpu0-pcie 0.51%, gpu0-fast 0.20%"

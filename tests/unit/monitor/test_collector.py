@@ -33,6 +33,9 @@ class Gpus:
     def errors(self) -> dict[tuple[str, str], int]:
         return {("", "init"): 1, ("1", "memory"): 3}
 
+    def refused(self) -> int:
+        return 6
+
     def identities(self) -> list[Device]:
         return [DEVICE]
 
@@ -106,6 +109,7 @@ def registry() -> CollectorRegistry:
         ("monitor_sample_rate_hertz", {"source": "host"}, 97.0),
         ("monitor_sample_rate_wanted_hertz", {"source": "gpu1"}, 100.0),
         ("monitor_source_cpu_seconds_total", {"source": "gpu1", "thread": "gpu1-slow"}, 1.5),
+        ("monitor_refused_processes_total", {}, 6.0),
         ("monitor_series_left_out", {}, 2.0),
     ],
 )

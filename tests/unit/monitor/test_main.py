@@ -60,6 +60,15 @@ def test_the_program_says_what_it_watches_answers_and_ends_cleanly(running: list
         assert process.returncode == 0
 
 
+def test_it_runs_without_a_standard_error() -> None:
+    command = ["sh", "-c", 'exec "$0" -m monitor --port 0 2>&-', sys.executable]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        assert process.stdout.readline().startswith("monitor: http://127.0.0.1:")
+        process.terminate()
+        assert process.wait(30) == 0
+
+
 def shows(url: str, text: str) -> bool:
     """Ask until the text is in the answer, for 30 seconds at most."""
     end = time.monotonic() + 30

@@ -15,7 +15,7 @@ from uuid import uuid4
 import psutil
 import pytest
 
-from monitor import processes
+from monitor import processes, procfs
 from monitor.processes import SCAN_EVERY_NS, SCANS_A_ROUND, Processes
 from monitor.timeline import Readings, Series
 
@@ -335,6 +335,26 @@ def test_a_child_without_a_name_is_looked_up_by_its_parent(start: Start, server:
     line(process)
     (child,) = psutil.Process(process.pid).children()
     assert table.server_of(child.pid) == server
+
+
+def test_a_process_on_a_gpu_whose_environment_is_not_shown_is_counted_and_told_once(
+    start: Start, server: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    table = Processes()
+    table.scan()
+    hidden = [start("sleep", "60", HEADROOM_SERVER=server) for _ in range(2)]
+    read = procfs._read
+
+    def refuse(pid: int, name: str) -> bytes:
+        if name == "environ" and pid in [process.pid for process in hidden]:
+            raise PermissionError
+        return read(pid, name)
+
+    monkeypatch.setattr(procfs, "_read", refuse)
+    asked = [table.server_of(process.pid) for process in (*hidden, *hidden)]
+    assert (asked, table.refused) == ([None] * 4, 2)
+    (told,) = caplog.messages
+    assert told.startswith(f"process {hidden[0].pid} uses a GPU, and the kernel does not show its environment")
 
 
 def test_threads_and_open_files_agree_with_psutil(start: Start, server: str) -> None:

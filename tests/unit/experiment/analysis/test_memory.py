@@ -54,8 +54,9 @@ def test_the_device_the_driver_and_processes_of_no_server_are_there_on_a_gpu() -
 
 
 def test_gpus_and_their_parts_are_in_the_order_of_their_numbers() -> None:
-    gpus = ["10", "0/1", "2", "0"]
-    assert [one.gpu for one in of_monitor({on_gpu("hf", gpu): [1.0] for gpu in gpus})] == ["0", "0/1", "2", "10"]
+    gpus = ["10", "2:GPU-7", "0/1", "0/1:MIG-5", "2", "0"]
+    ordered = ["0", "0/1", "0/1:MIG-5", "2", "2:GPU-7", "10"]
+    assert [one.gpu for one in of_monitor({on_gpu("hf", gpu): [1.0] for gpu in gpus})] == ordered
 
 
 def test_a_timeline_with_numbers_for_gpus_is_read_too() -> None:

@@ -420,6 +420,17 @@ def test_the_programs_of_a_stack_know_that_they_belong_together(
         assert {environment["HEADROOM_STACK"] for environment in given.values()} == {None}
 
 
+@pytest.mark.parametrize(("gpus", "given"), [(0, []), (1, []), (4, ["--max-cpu", "0.08"]), (99, ["--max-cpu", "1"])])
+def test_the_monitor_may_take_as_much_for_each_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpus: int, given: list[str]
+) -> None:
+    monkeypatch.setattr(stack, "find_gpus", lambda: ([{}] * gpus, None))
+    made = Stack(make_plan(monitor_port=9), tmp_path, lambda _: None)
+    assert made._monitor() == ["monitor", "--port", "9", *given]
+    monkeypatch.setenv("HEADROOM_MONITOR_MAX_CPU", "0.5")
+    assert made._monitor() == ["monitor", "--port", "9"]
+
+
 def test_a_server_is_given_the_gpus_that_the_plan_says_by_the_numbers_of_the_monitor(
     tmp_path: Path, sleeper: Program, monkeypatch: pytest.MonkeyPatch
 ) -> None:
