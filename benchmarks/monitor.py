@@ -49,8 +49,6 @@ from experiment.run.stack import Program, RunError, end, get
 SETTLE_SECONDS, START_SECONDS = 16.0, 900.0
 # What a monitor may take of a core by default, and what it must be allowed for each sample a second to take them all.
 MAX_CPU, SAMPLE_CPU_SECONDS = 0.02, 1e-4
-# Of the rates, the last ones, beside which servers run.
-SLOWING = 2
 LATENESS, MISSED = "monitor_sample_lateness_seconds", "monitor_samples_missed"
 
 
@@ -156,8 +154,8 @@ def lateness(program: Program, since_ns: int, source: str, hz: int) -> tuple[lis
 
 
 def slowdown(bench: Bench, servers: Servers, rows: list[JSON]) -> None:
-    """Throughput of each server beside a monitor that is stopped and at work, in A B B A order, at the highest rates."""
-    for hz in bench.hz[-SLOWING:]:
+    """Throughput of each server beside a monitor of each of the two highest rates, stopped and at work in A B B A order."""
+    for hz in bench.hz[-2:]:
         with monitor(hz, servers) as watcher:
             for server in bench.load.servers:
                 found = kv_sampling.paired(bench.load, servers.programs[server], psutil.Process(watcher.process.pid))
