@@ -154,7 +154,7 @@ def lateness(program: Program, since_ns: int, source: str, hz: int) -> tuple[lis
 
 
 def slowdown(bench: Bench, servers: Servers, rows: list[JSON]) -> None:
-    """Throughput of each server beside a monitor of each of the two highest rates, stopped and at work in A B B A order."""
+    """Throughput of each server beside monitors of the two highest rates, stopped and at work in A B B A order."""
     for hz in bench.hz[-2:]:
         with monitor(hz, servers) as watcher:
             for server in bench.load.servers:
