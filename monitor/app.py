@@ -17,8 +17,8 @@ from prometheus_client.exposition import choose_encoder
 from monitor.collector import TimelineCollector
 from monitor.gpus import Gpus
 from monitor.host import Host
-from monitor.sampler import STALE_NS, Sampler
-from monitor.timeline import Timeline
+from monitor.sampler import Sampler
+from monitor.timeline import STALE_NS, Timeline
 from monitor.window import stream
 
 log = logging.getLogger(__name__)

@@ -8,8 +8,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoM
 from prometheus_client.registry import Collector, CollectorRegistry
 
 from monitor.gpus import Gpus
-from monitor.sampler import SECOND, STALE_NS, Source
-from monitor.timeline import Readings, Series, Timeline
+from monitor.sampler import SECOND, Source
+from monitor.timeline import STALE_NS, Readings, Series, Timeline
 
 # Twice the longest interval between two scrapes that makes sense, so that each maximum is seen by one of them.
 PEAK_NS = 120 * SECOND
@@ -81,7 +81,7 @@ Values = defaultdict[str, dict[tuple[str, ...], float]]
 class TimelineCollector(Collector):
     """Answers a scrape from the newest ticks and from what the samplers know of themselves; reads no hardware.
 
-    Ticks older than 5 seconds are absent; window maxima go back 120 seconds, counters to the start.
+    Values that are older than they hold are absent; window maxima go back 120 seconds, counters to the start.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class TimelineCollector(Collector):
     def _add_timeline(self, values: Values, now_ns: int) -> None:
         latest: Readings = {}
         for ring in self._timeline.rings.values():
-            latest |= ring.latest(now_ns - STALE_NS)
+            latest |= ring.latest(now_ns - ring.stale_ns)
             # By the columns, because a spike just before the end of a series is what is looked for.
             if any(series.metric in PEAKS for series in ring.columns):
                 peaks = ring.peaks(now_ns - PEAK_NS).items()

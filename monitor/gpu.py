@@ -13,7 +13,7 @@ from monitor.fast import Fast
 from monitor.nvml import DEAR, FAST, LOST, SLOW, UNSUPPORTED, Call, Device, Values
 from monitor.processes import Processes
 from monitor.sampler import SECOND, Allowance, Governor, Sampler, Schedule, Source, within
-from monitor.timeline import CLOCKS, Clocks, Ring, Series, Timeline
+from monitor.timeline import CLOCKS, STALE_NS, Clocks, Ring, Series, Timeline
 
 log = logging.getLogger(__name__)
 
@@ -191,14 +191,18 @@ class Gpu:
         return schedule
 
     def _dear(self, sampling: Sampling) -> Schedule:
-        """Sample each dear call in a thread and a ring of its own: one that hangs hides no other."""
+        """Sample each dear call in a thread and a ring of its own: one that hangs hides no other.
+
+        The more GPUs there are, the longer a value may hold: so the calls of all of them take no more than of one.
+        """
         self.errors.update(dict.fromkeys((*DEAR, "xid"), 0))
         max_cpu = sampling.rates.max_cpu * DEAR_SHARE / len(DEAR) / sampling.cards
+        stale_ns = STALE_NS * sampling.cards
         for name, call in DEAR.items():
             # Each has one value, or one of each of two kinds.
-            ring = sampling.timeline.ring(f"gpu{self.gpu}-{name}", sampling.rates.seconds * DEAR_HZ, 2)
+            ring = sampling.timeline.ring(f"gpu{self.gpu}-{name}", sampling.rates.seconds * DEAR_HZ, 2, stale_ns)
             schedule = Schedule(DEAR_HZ, partial(self._read, name, {name: call}, ring), clocks=sampling.clocks)
-            self._sampled(name, within(max_cpu, schedule.steps()), [ring])
+            self._sampled(name, within(max_cpu, 0.8 * stale_ns / SECOND, schedule.steps()), [ring])
         return schedule
 
     def _sampled(self, tier: str, steps: Iterator[float], rings: list[Ring]) -> None:

@@ -8,13 +8,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
-from monitor.timeline import CLOCKS, Clocks
+from monitor.timeline import CLOCKS, STALE_NS, Clocks
 
 log = logging.getLogger(__name__)
 
 SECOND = 1_000_000_000
-# A source is up while its last good tick is no older than this.
-STALE_NS = 5 * SECOND
 # How long the CPU of sampling is added up before it is judged: a look at new processes is soon over.
 REVIEW_NS = 5 * SECOND
 # Seconds for which an allowance of CPU is kept.
@@ -75,13 +73,13 @@ class Sampler(threading.Thread):
 
 
 def within(
-    max_cpu: float, steps: Iterator[float], cpu_clock: Callable[[], float] = time.thread_time
+    max_cpu: float, most: float, steps: Iterator[float], cpu_clock: Callable[[], float] = time.thread_time
 ) -> Iterator[float]:
-    """Wait longer after steps that take more than a share of a core, but not until what they read is stale."""
+    """Wait longer after steps that take more than a share of a core, but no longer than `most` seconds."""
     before = cpu_clock()
     for seconds in steps:
         after = cpu_clock()
-        yield max(seconds, min((after - before) * (1 / max_cpu - 1), STALE_NS / SECOND * 0.8))
+        yield max(seconds, min((after - before) * (1 / max_cpu - 1), most))
         before = after
 
 

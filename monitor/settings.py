@@ -24,7 +24,7 @@ class Settings(BaseSettings):
         description="samples of the memory of each GPU a second; of its processes up to 100 while that changes and "
         "else 5, of utilization, power, clocks, throttling and temperature up to 10, of the servers' processes on "
         "the host 5, or without a GPU 10; energy, PCIe, NVLink and ECC are read once a second, or "
-        "where that takes long once in 4 s",
+        "where that takes long once in 4 s for each GPU there is",
     )
     minutes: int = Field(30, ge=1, le=1440, description="how long samples are kept, in memory that is taken at once")
     max_cpu: float = Field(

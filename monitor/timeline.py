@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 log = logging.getLogger(__name__)
 
 STAMPS = 2
+# For how long a value holds: then it is told no more, and a source that has no newer one is not up.
+STALE_NS = 5_000_000_000
 # Blocks of rows in a ring whose maxima are kept: each is of two seconds when the ring is of 30 minutes, at any rate.
 BLOCKS = 1024
 # Series that are remembered as left out, and lines that are logged about them.
@@ -55,11 +57,13 @@ class Ring:
     stamping and writing a row, and by readers only to ask how many there are: once a reader has seen a moment, nothing
     older appears later, and no reader holds up a sampler.
 
-    A column whose values have all been overwritten is given to the next new series, so that servers may come and go.
+    `stale_ns` is for how long a row holds. A column whose values have all been overwritten is given to the next new
+    series, so that servers may come and go.
     """
 
-    def __init__(self, capacity: int, width: int, clocks: Clocks = CLOCKS) -> None:
+    def __init__(self, capacity: int, width: int, clocks: Clocks = CLOCKS, stale_ns: int = STALE_NS) -> None:
         self.capacity = capacity
+        self.stale_ns = stale_ns
         # Never changed in place, because readers may be going through it.
         self.columns: dict[Series, int] = {}
         # When each series that found no column was last left out (CLOCK_MONOTONIC, ns), the latest last.
@@ -217,9 +221,9 @@ class Timeline:
         self.rings: dict[str, Ring] = {}
         self._clocks = clocks
 
-    def ring(self, name: str, capacity: int, width: int) -> Ring:
+    def ring(self, name: str, capacity: int, width: int, stale_ns: int = STALE_NS) -> Ring:
         """Add a ring; its name is new."""
-        ring = Ring(capacity, width, self._clocks)
+        ring = Ring(capacity, width, self._clocks, stale_ns)
         # A new dict, because readers may be going through the old one.
         self.rings = self.rings | {name: ring}
         return ring

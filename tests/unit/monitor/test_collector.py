@@ -10,8 +10,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from monitor.collector import METRICS, PEAK_NS, PEAKS, STATES, TimelineCollector
 from monitor.events import Xid
 from monitor.nvml import Device
-from monitor.sampler import SECOND, STALE_NS, Source
-from monitor.timeline import Clocks, Series, Timeline
+from monitor.sampler import SECOND, Source
+from monitor.timeline import STALE_NS, Clocks, Series, Timeline
 
 NOW_NS = 1000 * SECOND
 DEVICE = Device("1", "GPU-1234", "NVIDIA H200", "580.00", handle=None, tiers=frozenset())
@@ -68,6 +68,8 @@ def registry() -> CollectorRegistry:
     )
     time_ns = NOW_NS - STALE_NS - 1
     old.append({Series("gpu_power_watts", gpu="1"): 300.0})
+    timeline.ring("dear", 10, 1, 2 * STALE_NS).append({Series("gpu_energy_joules_total", gpu="1"): 8.0})
+    timeline.ring("too dear", 10, 1, STALE_NS).append({Series("gpu_energy_joules_total", gpu="2"): 8.0})
     for name in "abcd":
         old.append({Series("host_rss_bytes", name): 1.0})
     registry = CollectorRegistry()
@@ -91,6 +93,8 @@ def registry() -> CollectorRegistry:
         ("gpu_power_watts", {"gpu": "1"}, None),
         ("gpu_clock_hertz", {"gpu": "0/1", "clock": "sm"}, 1e9),
         ("gpu_ecc_errors_total", {"gpu": "1", "type": "corrected"}, 4.0),
+        ("gpu_energy_joules_total", {"gpu": "1"}, 8.0),
+        ("gpu_energy_joules_total", {"gpu": "2"}, None),
         ("gpu_throttled_seconds_total", {"gpu": "1", "reason": "hw_slowdown"}, 12.5),
         ("gpu_xid_errors_total", {"gpu": "2", "xid": "79"}, 2.0),
         ("gpu_xid_last_timestamp_seconds", {"gpu": "2", "xid": "79"}, 1_700_000_000.5),

@@ -16,14 +16,14 @@ from monitor.sampler import (
     CALM_REVIEWS,
     REVIEW_NS,
     SECOND,
-    STALE_NS,
     Allowance,
     Governor,
     Sampler,
     Schedule,
     Source,
+    within,
 )
-from monitor.timeline import Clocks
+from monitor.timeline import STALE_NS, Clocks
 
 WALL_NS = 10**18
 
@@ -230,6 +230,12 @@ def test_a_tick_that_raises_is_no_success_is_logged_once_and_does_not_end_the_sc
     broken = False
     next(steps)
     assert schedule.success_ns == time_ns
+
+
+def test_a_dear_step_is_waited_for_by_its_share_of_a_core_and_no_longer_than_it_may_be() -> None:
+    used = iter([0.0, 0.0, 0.01, 0.06, 0.0601])
+    waits = within(0.01, 4.0, iter([1.0] * 4), lambda: next(used))
+    assert list(waits) == pytest.approx([1, 1, 4, 1])
 
 
 def busy(seconds: float) -> Iterator[float]:
