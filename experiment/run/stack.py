@@ -21,12 +21,13 @@ import psutil
 
 from experiment.environment import find_gpus
 from experiment.plan.plan import Plan, Target
-from monitor.settings import PREFIX, Settings
 
 TAIL_LINES = 12
 STOP_SECONDS = 30
 # vLLM says why its engine died, and ends its processes, one after another.
 DYING_SECONDS = 15
+# What a monitor may take of a core by default.
+MONITOR_CPU = 0.02
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 
 
@@ -202,8 +203,8 @@ class Stack:
         if self._plan.monitor_url:
             return self._plan.monitor_url
         command, gpus = ["monitor", "--port", str(self._plan.monitor_port)], len(find_gpus()[0])
-        if gpus > 1 and f"{PREFIX}MAX_CPU" not in os.environ:
-            command += ["--max-cpu", f"{min(1.0, gpus * Settings.model_fields['max_cpu'].default):g}"]
+        if gpus > 1 and "HEADROOM_MONITOR_MAX_CPU" not in os.environ:
+            command += ["--max-cpu", f"{min(1.0, gpus * MONITOR_CPU):g}"]
         return command
 
     def _servers(self) -> dict[str, "str | list[str]"]:
