@@ -87,13 +87,19 @@ def options(plan: JSON) -> Iterator[str]:
 
 
 def client(runs: Mapping[str, JSON]) -> Iterator[str]:
-    """How busy the load generator was in the worst cell of each run, and vLLM's GPUs at the last level."""
-    yield from table("run", "of a core at most", "loop lag p99 at most", "GPU busy under vLLM at the highest level")
+    """How busy the load generator was in the worst cell of each run, and vLLM's GPUs at the last level.
+
+    And how late it sent what had a schedule, and how often the monitor read the memory of the GPUs.
+    """
+    limits = ("of a core at most", "loop lag p99 at most", "sent late p99 at most")
+    yield from table("run", *limits, "GPU busy under vLLM at the highest level", "memory read")
     for name, summary in runs.items():
         clients = [cell["client"] for cell in summary["cells"]]
         # Neither is known of a cell shorter than a second.
         known = [one for one in clients if one["cpu_share"] is not None and one["loop_lag_p99_seconds"] is not None]
         share, lag = (max((one[n] for one in known), default=math.nan) for n in ("cpu_share", "loop_lag_p99_seconds"))
+        late = [one["send_lateness_p99_seconds"] for one in clients if one["send_lateness_p99_seconds"] is not None]
+        sampled = [rate for cell in summary["cells"] if (rate := cell["memory_samples_per_second"]) is not None]
         targets = summary["levels"][-1]["targets"]
         busy = [
             gpu["utilization"]["mean"]
@@ -101,7 +107,9 @@ def client(runs: Mapping[str, JSON]) -> Iterator[str]:
             for gpu in figures["gpus"].values()
             if target.startswith("vllm") and "utilization" in gpu
         ]
-        yield row(name, f"{share:.0%}", f"{lag * 1e3:.1f} ms", ", ".join(f"{one:.0%}" for one in busy))
+        worst = (f"{lag * 1e3:.1f} ms", f"{max(late) * 1e3:.1f} ms" if late else "")
+        often = f"{min(sampled):.0f} to {max(sampled):.0f} Hz" if sampled else ""
+        yield row(name, f"{share:.0%}", *worst, ", ".join(f"{one:.0%}" for one in busy), often)
 
 
 def rates(plan: JSON, *summaries: JSON) -> Iterator[str]:
@@ -111,10 +119,11 @@ def rates(plan: JSON, *summaries: JSON) -> Iterator[str]:
     """
     yield from options(plan)
     yield from table(
-        "requests/s", "that came", "server", "normalized latency", "TTFT p50", "tokens/s", "running at most, sampled"
+        *("requests/s", "that came", "server", "normalized latency", "TTFT p50", "tokens/s"),
+        *("running, sampled: mean, most", "KV cache set aside at most"),
     )
     for level, target, figures in (one for summary in summaries for one in each(summary)):
-        known = has_mean(figures)
+        known, kv = has_mean(figures), figures["memory"]["kv"]
         yield row(
             f"{level['level']:g}",
             f"{figures['offered_rate']:.2f}",
@@ -122,7 +131,8 @@ def rates(plan: JSON, *summaries: JSON) -> Iterator[str]:
             f"{figures['normalized_latency'] * 1e3:.1f} ms/token" if known else "no mean",
             f"{figures['ttft_seconds']['p50']:.3f} s" if known else "no median",
             f"{figures['output_throughput_mean']:,.0f}",
-            f"{figures['memory']['kv']['running']['max']:.0f}",
+            f"{kv['running']['mean']:.1f}, {kv['running']['max']:.0f}",
+            f"{kv['allocated']['max'] / 2**30:.1f} of {kv['capacity']['max'] / 2**30:.1f} GiB",
         )
 
 

@@ -3,6 +3,7 @@
 import logging
 import threading
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from ctypes import c_void_p, cast
 from dataclasses import dataclass
 from typing import Any
@@ -64,7 +65,8 @@ class Events:
                 failed.append((device, error))
         if events is not None and not gpus:
             # With nothing registered a wait may come back at once, again and again.
-            pynvml.nvmlEventSetFree(events)
+            with suppress(pynvml.NVMLError):
+                pynvml.nvmlEventSetFree(events)
             events = None
         self._gpus, self._set = gpus, events
         return failed

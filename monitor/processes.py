@@ -99,16 +99,11 @@ class Processes:
 
     def _inherited(self, pid: int, stat: procfs.Stat | None) -> str:
         """Look for a server in the environment of a process, else of its parent, and so on."""
-        if procfs.server_named(pid, self._stack) is None:
-            self.refused += 1
-            if self.refused == 1:
-                log.warning(
-                    "process %d uses a GPU, and the kernel does not show its environment: its memory may be "
-                    "unattributed. Run the monitor as root, or as the user of the servers",
-                    pid,
-                )
+        name = procfs.server_named(pid, self._stack)
+        if name is None:
+            self._note_refused(pid)
         for _ in range(MAX_ANCESTORS):
-            if name := procfs.server_named(pid, self._stack):
+            if name:
                 return name
             member = self._members.get(pid)
             if member and stat and member.started == stat.started:
@@ -116,7 +111,17 @@ class Processes:
             if stat is None or not stat.parent:
                 return ""
             pid, stat = stat.parent, procfs.stat_or_none(stat.parent)
+            name = procfs.server_named(pid, self._stack)
         return ""
+
+    def _note_refused(self, pid: int) -> None:
+        self.refused += 1
+        if self.refused == 1:
+            log.warning(
+                "process %d uses a GPU, and the kernel does not show its environment: its memory may be unattributed. "
+                "Run the monitor as root, or as the user of the servers",
+                pid,
+            )
 
     def read_details(self) -> Readings:
         """Read the threads and open files of each server; files are absent where the kernel refuses them."""

@@ -76,8 +76,8 @@ def test_what_watches_does_nothing_while_it_is_stopped() -> None:
     watcher = psutil.Popen(["sleep", "60"])
     try:
         with stopped(watcher):
-            os.waitid(os.P_PID, watcher.pid, os.WSTOPPED)
-        os.waitid(os.P_PID, watcher.pid, os.WCONTINUED)
+            assert os.waitid(os.P_PID, watcher.pid, os.WSTOPPED)
+        assert os.waitid(os.P_PID, watcher.pid, os.WCONTINUED)
     finally:
         watcher.kill()
         watcher.wait()
