@@ -99,7 +99,7 @@ def client(runs: Mapping[str, JSON]) -> Iterator[str]:
         known = [one for one in clients if one["cpu_share"] is not None and one["loop_lag_p99_seconds"] is not None]
         share, lag = (max((one[n] for one in known), default=math.nan) for n in ("cpu_share", "loop_lag_p99_seconds"))
         late = [one["send_lateness_p99_seconds"] for one in clients if one["send_lateness_p99_seconds"] is not None]
-        sampled = [rate for cell in summary["cells"] if (rate := cell["memory_samples_per_second"]) is not None]
+        sampled = {round(hz) for cell in summary["cells"] if (hz := cell["memory_samples_per_second"]) is not None}
         targets = summary["levels"][-1]["targets"]
         busy = [
             gpu["utilization"]["mean"]
@@ -108,7 +108,7 @@ def client(runs: Mapping[str, JSON]) -> Iterator[str]:
             if target.startswith("vllm") and "utilization" in gpu
         ]
         worst = (f"{lag * 1e3:.1f} ms", f"{max(late) * 1e3:.1f} ms" if late else "")
-        often = f"{min(sampled):.0f} to {max(sampled):.0f} Hz" if sampled else ""
+        often = f"{' to '.join(f'{hz}' for hz in sorted({min(sampled), max(sampled)}))} Hz" if sampled else ""
         yield row(name, f"{share:.0%}", *worst, ", ".join(f"{one:.0%}" for one in busy), often)
 
 

@@ -109,9 +109,10 @@ def banner(settings: Settings, listener: socket.socket, monitor: Monitor) -> str
     place = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     found, reason = monitor.gpus.found, monitor.gpus.reason
     gpus = ", ".join(f"GPU {gpu.gpu} ({gpu.identity.name})" for gpu in found.values()) or "no GPU"
+    hz = settings.hz if found else monitor.host.source.wanted_hz
     return (
         f"monitor: {place} watches processes with HEADROOM_SERVER in their environment and {gpus}"
-        f"{f' ({reason})' if reason else ''}, {settings.hz} times a second, and keeps {settings.minutes} minutes in "
+        f"{f' ({reason})' if reason else ''}, {hz} times a second, and keeps {settings.minutes} minutes in "
         f"{monitor.timeline.size_bytes / 2**20:.0f} MiB"
     )
 

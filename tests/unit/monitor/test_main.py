@@ -54,6 +54,8 @@ def test_the_program_says_what_it_watches_answers_and_ends_cleanly(running: list
         assert "keeps 30 minutes in " in text
         assert ("no GPU" in text) == (health["gpus"] == 0)
         assert (health["gpu_reason"] or "") in text
+        # What is sampled is the memory of GPUs, or else that of processes, which is read less often.
+        assert f", {20 if health['gpus'] else 10} times a second" in text
         assert shows(f"{url}/metrics", 'headroom_host_pss_bytes{server="itself"}')
         process.send_signal(ending)
         assert process.communicate(timeout=30) == ("", "")
