@@ -17,7 +17,7 @@ from prometheus_client.exposition import choose_encoder
 from monitor.collector import TimelineCollector
 from monitor.gpus import Gpus
 from monitor.host import Host
-from monitor.sampler import Sampler
+from monitor.sampler import Sampler, Source
 from monitor.timeline import STALE_NS, Timeline
 from monitor.window import stream
 
@@ -36,6 +36,10 @@ class Monitor:
     gpus: Gpus
     hz: int
     registry: CollectorRegistry = field(default_factory=CollectorRegistry)
+
+    def sources(self) -> list[Source]:
+        """All that is sampled."""
+        return [self.host.source, *self.gpus.sources()]
 
     def samplers(self) -> list[Sampler]:
         """All threads that sample."""
@@ -143,6 +147,7 @@ async def health(request: web.Request) -> web.Response:
         "gpus": len(monitor.gpus.identities()),
         "gpu_reason": monitor.gpus.reason,
         "hz": monitor.hz,
+        "sources_down": [source.name for source in monitor.sources() if not source.up(time.monotonic_ns())],
         "pid_namespace": "host" if monitor.host.processes.of_host else "own",
         "series_left_out": monitor.timeline.left_out(time.monotonic_ns() - STALE_NS),
     }

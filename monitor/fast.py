@@ -59,15 +59,15 @@ class Fast:
         )
         self._read_ns, self._used = -SECOND, math.nan
 
-    def tick(self, lateness: float) -> bool:
-        """Read the device; answer whether that went well."""
+    def tick(self, lateness: float) -> bool | None:
+        """Read the device; answer whether that went well, None when there is no device."""
         gpu = self._gpu
         # In this order: whoever detaches the device sees either that a call may be under way or that none will begin.
-        gpu.busy["fast"] = True
+        gpu.busy["fast"] = self._clock()
         try:
             device = gpu.device
             if device is None:
-                return False
+                return None
             if device is not self._device or self._reader is None:
                 self._device, self._reader = device, Reader(device.handle)
             memory, well = gpu.attempt("memory", device, self._reader.memory), False
@@ -81,7 +81,7 @@ class Fast:
                 self._memory_ring.put((*(memory or NO_MEMORY), lateness, self.schedule.behind or NONE_MISSED))
             return memory is not None or (well and "memory" in device.unsupported)
         finally:
-            gpu.busy["fast"] = False
+            gpu.busy["fast"] = 0
 
     def _parts_due(self, time_ns: int, memory: Memory | None) -> bool:
         """Tell whether the processes are to be read: now and then, and at once, within their share, after a change."""

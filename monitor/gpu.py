@@ -67,7 +67,8 @@ class Gpu:
     """Samples one GPU or MIG device, while it is there.
 
     `device` is None while it is lost: then nothing is read, and its series are absent. It is `expected` until the
-    driver no longer lists it. `busy` tells of each thread whether it may be inside a call on the device.
+    driver no longer lists it. `busy` tells of each thread since when it may be inside a call on the device, 0 if it is
+    not (CLOCK_MONOTONIC, ns).
     """
 
     def __init__(self, device: Device, sampling: Sampling) -> None:
@@ -81,7 +82,7 @@ class Gpu:
         self.samplers: list[Sampler] = []
         self.governed: dict[str, Sampler] = {}
         self.rings: list[Ring] = []
-        self.busy: dict[str, bool] = {}
+        self.busy: dict[str, int] = {}
         self.clocks = sampling.clocks
         self._said: dict[str, list[str]] = {}
         self._throttling: tuple[int, Values] = (0, {})
@@ -118,9 +119,16 @@ class Gpu:
         """Tell whether no thread is inside a call on a device; once detached, none will begin one."""
         return not any(self.busy.values())
 
-    def hangs(self) -> str:
-        """Name the threads that are inside a call."""
-        return ", ".join(name for name, busy in self.busy.copy().items() if busy)
+    def hangs(self, before_ns: int) -> str:
+        """Name the threads that have been inside a call since before that."""
+        return ", ".join(name for name, since_ns in self.busy.copy().items() if 0 < since_ns < before_ns)
+
+    def tell_hangs(self) -> None:
+        """Say when NVML does not return from a call, and when it returns after all."""
+        if hanging := self.hangs(self.clocks.time_ns() - STALE_NS):
+            self.say("hang", f"NVML does not return from a call ({hanging}); its series are absent meanwhile")
+        elif "hang" in self._said:
+            self.say("hang", "NVML returns from calls again")
 
     def broken(self) -> bool:
         """Tell whether what it is mainly sampled for has failed for seconds, whatever the error."""
@@ -207,19 +215,19 @@ class Gpu:
 
     def _sampled(self, tier: str, steps: Iterator[float], rings: list[Ring]) -> None:
         self.rings += rings
-        self.busy[tier] = False
+        self.busy[tier] = 0
         sampler = Sampler(f"gpu{self.gpu}-{tier}", steps)
         self.samplers.append(sampler)
         if tier in SHARES:
             self.governed[tier] = sampler
 
-    def _read(self, tier: str, calls: Mapping[str, Call], ring: Ring, _: float) -> bool:
+    def _read(self, tier: str, calls: Mapping[str, Call], ring: Ring, _: float) -> bool | None:
         # In this order: whoever detaches the device sees either that a call may be under way or that none will begin.
-        self.busy[tier] = True
+        self.busy[tier] = self.clocks.time_ns()
         try:
             device = self.device
             if device is None:
-                return False
+                return None
             readings = {}
             for name, call in calls.items():
                 for (metric, detail), value in (self.attempt(name, device, partial(call, device)) or {}).items():
@@ -230,7 +238,7 @@ class Gpu:
                     self._count_throttled(readings)
             return bool(readings)
         finally:
-            self.busy[tier] = False
+            self.busy[tier] = 0
 
     def _count_throttled(self, readings: Mapping[Series, float]) -> None:
         """Add up the seconds in which each reason held the clocks down."""

@@ -73,9 +73,12 @@ class Gpus:
         return [*self._own, *(sampler for gpu in self.found.values() for sampler in gpu.samplers)]
 
     def sources(self) -> list[Source]:
-        """One for each GPU, and `nvml`, up when the last look at it went well; without a driver there is none."""
+        """One for each GPU, and `nvml`, up when the last look at it went well; without a driver there is none.
+
+        A MIG device that was taken away is no source: that is done on purpose.
+        """
         nvml = [self._nvml] if self._last.driver else []
-        return [*nvml, *(gpu.source for gpu in self.found.values())]
+        return [*nvml, *(gpu.source for gpu in self.found.values() if gpu.expected or gpu.identity.card)]
 
     def errors(self) -> dict[tuple[str, str], int]:
         """How many calls failed, by GPU and call; those that are of no GPU (init, count, handle) have "" for it."""
@@ -112,6 +115,7 @@ class Gpus:
         """Look at NVML when there is reason to; answer whether the last look went well."""
         time_ns = self._clock()
         for gpu in self.found.values():
+            gpu.tell_hangs()
             if gpu.broken():
                 gpu.lose("for it has failed for seconds")
             elif not gpu.expected and time_ns - gpu.gone_ns > self._sampling.rates.seconds * SECOND:
@@ -246,7 +250,7 @@ def _settled(gpus: Sequence[Gpu]) -> bool:
             return True
         time.sleep(SETTLE_STEP)
     for gpu in gpus:
-        if hanging := gpu.hangs():
+        if hanging := gpu.hangs(gpu.clocks.time_ns() + 1):
             gpu.say("device", f"NVML does not return from a call ({hanging}), and is not opened anew until it does")
     return False
 

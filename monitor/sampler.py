@@ -169,6 +169,8 @@ class Allowance:
 class Schedule:
     """Calls `tick` `hz` times a second, counted from the start; it is told its lateness (s) and answers success.
 
+    A tick that finds nothing to read, as there is no device for now, answers None: then a sample was missed.
+
     A tick that begins late is not moved on the schedule; those that were missed by then are skipped and counted, never
     made up. A tick that is late by L with `behind` missed ones stands for all of them: they were late by L, L - 1 / hz,
     L - 2 / hz and so on. With a governor ticks are left out on purpose; what remains is on the same grid.
@@ -177,7 +179,7 @@ class Schedule:
     def __init__(
         self,
         hz: int,
-        tick: Callable[[float], bool],
+        tick: Callable[[float], bool | None],
         governor: Governor | None = None,
         clocks: Clocks = CLOCKS,
     ) -> None:
@@ -198,13 +200,11 @@ class Schedule:
 
     @property
     def hz(self) -> float:
-        """Ticks a second that were taken over the last one or two seconds."""
+        """Ticks a second that were taken over the last one or two seconds, or in as long as one hangs."""
         (begun_ns, samples), _ = self._marks
-        end_ns, now_ns = self._last_ns, self._clocks.time_ns()
-        if now_ns - end_ns > 2 * SECOND:
-            # It hangs.
-            end_ns = now_ns
-        return (self.samples - samples) * SECOND / (end_ns - begun_ns) if samples and end_ns > begun_ns else 0.0
+        end_ns, hangs_ns = self._last_ns, self._clocks.time_ns() - self._last_ns
+        rate = (self.samples - samples) * SECOND / (end_ns - begun_ns) if samples and end_ns > begun_ns else 0.0
+        return min(rate, SECOND / hangs_ns) if hangs_ns > 2 * SECOND else rate
 
     def steps(self) -> Iterator[float]:
         """Tick when it is time; yield the seconds until the next time."""
@@ -222,9 +222,13 @@ class Schedule:
             self.lateness = (time_ns - due) / SECOND
             self.behind = (passed - number) // divider
             self.missed += self.behind
-            self.samples += 1
             self._last_ns = time_ns
-            if self._take():
+            taken = self._take()
+            if taken is None:
+                self.missed += 1
+            else:
+                self.samples += 1
+            if taken:
                 self.success_ns, self.success_wall_ns = time_ns, wall_clock()
             if time_ns - marked >= SECOND:
                 marked = time_ns
@@ -235,7 +239,7 @@ class Schedule:
             due = start + number * SECOND // hz
             yield max(0, due - clock()) / SECOND
 
-    def _take(self) -> bool:
+    def _take(self) -> bool | None:
         try:
             return self.tick(self.lateness)
         except Exception:
@@ -281,7 +285,7 @@ class Source:
 
     @property
     def missed(self) -> int:
-        """Samples that were not taken in time to begin before the next was due."""
+        """Samples that were not taken before the next was due, or because there was no device to read."""
         return self.main.missed
 
     @property

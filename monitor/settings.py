@@ -15,7 +15,7 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, cli_kebab_case=True, cli_prog_name="monitor")
 
-    host: str = Field("127.0.0.1", description="address to listen on")
+    host: str = Field("127.0.0.1", min_length=1, description="address to listen on")
     port: int = Field(9400, ge=0, le=65535, description="port to listen on; 0 takes any free one")
     hz: int = Field(
         100,
@@ -26,7 +26,7 @@ class Settings(BaseSettings):
         "the host 5, or without a GPU 10; energy, PCIe, NVLink and ECC are read once a second, or "
         "where that takes long once in 4 s for each GPU there is",
     )
-    minutes: int = Field(30, ge=1, le=1440, description="how long samples are kept, in memory that is taken at once")
+    minutes: int = Field(30, ge=2, le=1440, description="how long samples are kept, in memory that is taken at once")
     max_cpu: float = Field(
         0.02,
         gt=0,

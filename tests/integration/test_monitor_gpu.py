@@ -261,6 +261,11 @@ def test_mig_devices_are_devices_of_their_own(script: Script, start: Start) -> N
     assert parts(metrics, "0/0") == {"unattributed": 8 * GIB}
     assert parts(metrics, "0/2") == {"hf": 5 * GIB, "unattributed": 11 * GIB}
     assert metrics["monitor_up", "gpu0"] == metrics["monitor_up", "gpu0/2"] == 1
+    # One that is taken away is nothing that is down.
+    script.lines = [line for line in script.lines if " 0/2" not in line]
+    script.save()
+    metrics = monitor.wait(lambda seen: ("monitor_up", "gpu0/2") not in seen)
+    assert metrics["monitor_up", "gpu0/0"] == 1
 
 
 def test_a_call_that_fails_is_absent_and_counted_until_it_answers_again(script: Script, start: Start) -> None:
@@ -322,6 +327,21 @@ def test_lost_gpus_and_a_restarted_driver_are_absent_and_come_back(script: Scrip
     assert monitor.log.count("GPU 0: device: lost, NVML says: GPU is lost") == 1
 
 
+def test_what_is_not_read_of_a_gpu_while_another_is_looked_for_counts_as_missed(script: Script, start: Start) -> None:
+    for gpu in (0, 1):
+        script.add("device", gpu, 80 * GIB).add("memory 0", gpu, GIB)
+    monitor = start()
+    monitor.wait(lambda seen: seen["monitor_up", "gpu0"] == seen["monitor_up", "gpu1"] == 1)
+    begun = time.monotonic_ns()
+    script.add("fault 0", FOREVER, "1 *", LOST).add("block 0", FOREVER, "* init 1").save()
+    name = ("monitor_samples_missed_total", "gpu0")
+    metrics = monitor.wait(lambda seen: seen[name] > 50 and seen["monitor_sample_rate_hertz", "gpu0"] > 90)
+    rows = [time_ns for time_ns, _ in monitor.series("gpu_memory_used_bytes", "0", since_ns=begun)]
+    gaps = sum(max(0, after - before - SECOND // 100) for before, after in pairwise(rows)) / SECOND
+    assert metrics[name] == pytest.approx(100 * gaps, rel=0.2)
+    assert monitor.health()["sources_down"] == ["gpu1"]
+
+
 def test_a_driver_that_comes_after_the_monitor_is_found(script: Script, start: Start) -> None:
     script.add("device 0", 80 * GIB).add("fault 0", FOREVER, "* *", NOT_LOADED)
     monitor = start()
@@ -372,6 +392,8 @@ def test_a_call_that_hangs_delays_no_other_and_nvml_is_not_closed_before_it_ends
     assert monitor.metrics()["monitor_up", "gpu2"] == 0
     metrics = monitor.wait(lambda seen: seen["monitor_up", "gpu2"] == 1)
     assert "closed while" not in monitor.log
+    said = ("NVML does not return from a call (pcie); its series are absent meanwhile", "NVML returns from calls again")
+    assert [monitor.log.count(f"GPU 0: hang: {text}") for text in said] == [1, 1]
     moments = [time_ns for time_ns, _ in monitor.series("gpu_memory_used_bytes", "1", since_ns=begun)]
     assert max(after - before for before, after in pairwise(moments)) < SECOND
 

@@ -79,7 +79,8 @@ def test_mig_devices_come_and_go_while_nvml_stays_open(library: Path, script: Sc
         assert played[when]["there"] == there
         assert played[when]["used"] == {"0/0:GPU-7": 8, "0/2": 5}
         assert played[when]["opened"] == 1
-    assert (played["soon"]["down"], played["later"]["down"]) == (["gpu0/0", "gpu0/1"], [])
+    # What is taken away on purpose is not down.
+    assert (played["soon"]["down"], played["later"]["down"]) == ([], [])
 
 
 def test_what_is_not_supported_is_tried_again(library: Path, script: Script) -> None:
@@ -102,7 +103,11 @@ def test_processes_that_have_more_than_the_device_leave_less_than_nothing(librar
 def test_a_day_leaves_memory_flat_and_the_schedule_where_it_was(library: Path, script: Script) -> None:
     day = play(library, script, "day")
     seconds, losses, kept = 24 * 3600, 24, 30 * 60
-    assert day["samples"] == {"nvml": [seconds, 0], "gpu0": [seconds, 0]}
+    assert day["samples"]["nvml"] == [seconds, 0]
+    # Some seconds are missed with each loss.
+    taken, missed = day["samples"]["gpu0"]
+    assert taken + missed == seconds
+    assert missed == pytest.approx(losses * 7, abs=losses * 4)
     # Each thread woke up late by up to 2 ms each time.
     assert 0 < day["off_grid_ns"] <= 2_000_000
     assert (day["errors"], day["xids"], day["opened"]) == (losses, losses, 1 + 2 * losses)

@@ -20,6 +20,8 @@ from monitor.sampler import SECOND
 ROOT = Path(__file__).parents[3]
 DEPLOY = ROOT / "deploy/prometheus"
 JSON = dict[str, Any]
+# Of every series that the monitor exports.
+LABELS = {name: labels for name, (_, labels) in METRICS.items()} | {"gpu_info": ("gpu", "uuid", "name", "driver")}
 
 
 def promtool(*arguments: str | Path) -> None:
@@ -106,23 +108,22 @@ def test_the_documentation_lists_what_the_monitor_exports_with_its_labels_and_no
     text = (ROOT / "docs/prometheus.md").read_text()
     rows = re.findall(r"^\| `headroom_((?:gpu|host|monitor)_\w+)` \|(.*?)\|", text, re.MULTILINE)
     listed = [(name, tuple(re.findall(r"`(\w+)`", labels))) for name, labels in rows]
-    exported = {name: labels for name, (_, labels) in METRICS.items()}
-    assert dict(listed) == exported | {"gpu_info": ("gpu", "uuid", "name", "driver")}
+    assert dict(listed) == LABELS
     assert len(listed) == len(dict(listed))
 
 
 def test_the_monitor_exports_what_the_rules_and_their_texts_name_under_the_labels_that_they_use() -> None:
     text = "".join(path.read_text() for path in DEPLOY.glob("rules/*.yml"))
-    assert set(re.findall(r"headroom_((?:gpu|host|monitor)_\w+)", text)) <= set(METRICS)
+    assert set(re.findall(r"headroom_((?:gpu|host|monitor)_\w+)", text)) <= set(LABELS)
     used = re.findall(r"headroom_((?:gpu|host|monitor)_\w+)\{(\w+)[=!]", text)
-    assert {name: label for name, label in used if label not in METRICS[name][1]} == {}
+    assert {name: label for name, label in used if label not in LABELS[name]} == {}
     assert {"gpu_xid_last_timestamp_seconds", "gpu_throttled_seconds_total"} <= {name for name, _ in used}
 
 
 def test_the_tests_of_the_rules_give_the_monitors_series_the_labels_that_it_gives_them() -> None:
     text = "".join(path.read_text() for path in DEPLOY.glob("tests/*.yml"))
     series = set(re.findall(r"series: '?headroom_((?:gpu|host|monitor)_\w+)(?:\{(.*?)\})?", text))
-    wrong = {name: labels for name, labels in series if set(re.findall(r'(\w+)="', labels)) != set(METRICS[name][1])}
+    wrong = {name: labels for name, labels in series if set(re.findall(r'(\w+)="', labels)) != set(LABELS[name])}
     assert wrong == {}
 
 

@@ -112,10 +112,12 @@ async def test_health_tells_the_rate_why_there_is_no_gpu_whose_processes_are_see
     client: TestClient[Any, Any], monitor: Monitor
 ) -> None:
     monitor.timeline.rings["gpu7-memory"].append({Series("no room"): 1.0})
+    monitor.host.source.lost = True
     response = await client.get("/health")
     assert response.status == 200
-    gpus = monitor.gpus
-    assert await response.json() == {
+    gpus, health = monitor.gpus, await response.json()
+    assert "host" in health.pop("sources_down")
+    assert health == {
         "status": "ok",
         "gpus": len(gpus.found),
         "gpu_reason": gpus.reason,
