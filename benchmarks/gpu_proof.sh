@@ -42,6 +42,9 @@ declare -A least=(
 # The most telling first.
 all="doctor quick ladder same-memory monitor classic paper tests-stack tests-hf kv-sampling quick-13b"
 GPUS=${GPUS:-$("$PYTHON" -c "from experiment.environment import find_gpus; print(len(find_gpus()[0]))")}
+# Those of a shared machine that the user has chosen.
+IFS=, read -ra chosen <<<"${CUDA_VISIBLE_DEVICES:-0,1}"
+[ -z "${CUDA_VISIBLE_DEVICES:-}" ] || [ "$GPUS" -le ${#chosen[@]} ] || GPUS=${#chosen[@]}
 [ "$GPUS" -gt 0 ] || [ "$SIZE" = smoke ] || refuse "no NVIDIA GPU is found here; SIZE=smoke tries the script without"
 [ "$GPUS" -lt 2 ] || all="$all own-gpus two-gpus"
 STEPS=${STEPS:-$all}
@@ -182,8 +185,8 @@ own_gpus() {
     cat >"$plan" <<END
 preset: quick
 targets:
-  - {name: hf, kind: hf, args: "--engine continuous --max-batch 32", gpus: "0"}
-  - {name: vllm, kind: vllm, gpus: "1"}
+  - {name: hf, kind: hf, args: "--engine continuous --max-batch 32", gpus: "${chosen[0]}"}
+  - {name: vllm, kind: vllm, gpus: "${chosen[1]}"}
 max_model_len: 1024
 END
     compare own-gpus-alone "$plan" "${size[@]}" &&
@@ -251,7 +254,7 @@ table() {
 }
 
 finish() {
-    trap '' INT TERM
+    trap '' INT TERM HUP
     collect
     table
     say "collected in $FOLDER/collected, $(du -s --apparent-size --block-size=1000 "$FOLDER/collected" | cut -f 1) kB"
@@ -290,7 +293,16 @@ child='' first=yes deadline=$((PIECE_SECONDS - STOP_SECONDS))
 [ "$deadline" -gt 0 ] || refuse "PIECE_SECONDS: '$PIECE_SECONDS': expected more than STOP_SECONDS, $STOP_SECONDS"
 mkdir -p "$FOLDER/steps" "$FOLDER/logs" "$FOLDER/figures" "$FOLDER/runs"
 FOLDER=$(cd "$FOLDER" && pwd)
-trap interrupt INT TERM
+# What a call left running, if it was killed, holds the lock too.
+exec 9>"$FOLDER/lock"
+flock --nonblock 9 || refuse "FOLDER: '$FOLDER': another call is at work on it"
+for name in SIZE MODEL BIG_MODEL KV_BUDGET; do
+    grep -qs "^$name=" "$FOLDER/settings" || echo "$name=${!name:-}" >>"$FOLDER/settings"
+    was=$(grep "^$name=" "$FOLDER/settings")
+    [ "${was#*=}" = "${!name:-}" ] ||
+        refuse "$name: '${!name:-}': expected '${was#*=}', with which $FOLDER was begun; give another FOLDER"
+done
+trap interrupt INT TERM HUP
 [ -z "$RETRY" ] || for name in $STEPS; do rm -f "$FOLDER/steps/$name.failed"; done
 for name in $STEPS; do
     [ -z "$(state_of "$name")" ] || continue

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+import yaml
 
 from experiment.plan.settings import read_plan
 
@@ -136,14 +137,20 @@ def test_a_run_that_was_stopped_while_its_report_was_written_is_reported(proof: 
     assert proof.asked() == [["report", str(proof.folder / "runs/quick/20260101T000000Z")]]
 
 
-def test_ctrl_c_ends_what_runs_and_keeps_it_for_the_next_call(proof: Proof) -> None:
+@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGHUP])
+def test_ctrl_c_or_a_lost_terminal_ends_what_runs_and_keeps_it_for_the_next_call(
+    proof: Proof, ending: signal.Signals
+) -> None:
     piece = proof.begin("quick", CELLS="1")
     run = proof.folder / "runs/quick/20260101T000000Z"
     deadline = time.monotonic() + 30
     while not (run / "cells/1/cell.json").exists():
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    piece.send_signal(signal.SIGINT)
+    second, output = proof.call("doctor")
+    assert second == 2, output
+    assert "another call is at work" in output
+    piece.send_signal(ending)
     output, _ = piece.communicate(timeout=30)  # it ends only when all that writes to it has ended
     assert piece.returncode == 130, output
     assert proof.states() == {"quick": "left"}
@@ -179,11 +186,28 @@ def test_tables_that_are_too_large_are_left_out_and_named(proof: Proof) -> None:
 
 
 def test_steps_for_two_gpus_are_run_only_where_there_are_two(proof: Proof) -> None:
-    def known(gpus: str) -> set[str]:
-        proof.call("", GPUS=gpus, FAILS="compare")
+    def known(gpus: str, **settings: str) -> set[str]:
+        proof.call("", GPUS=gpus, FAILS="compare", **settings)
         return set(proof.states())
 
     assert known("2") - known("1") == {"own-gpus", "two-gpus"}
+    assert known("4", CUDA_VISIBLE_DEVICES="3") == known("1")
+
+
+def test_each_server_has_one_of_the_gpus_that_the_user_has_chosen(proof: Proof) -> None:
+    proof.call("own-gpus", GPUS="4", CUDA_VISIBLE_DEVICES="3,1")
+    plan = yaml.safe_load((proof.folder / "own-gpus.yaml").read_text())
+    assert [target["gpus"] for target in plan["targets"]] == ["3", "1"]
+
+
+@pytest.mark.parametrize("setting", ["SIZE", "MODEL", "BIG_MODEL", "KV_BUDGET"])
+def test_a_folder_is_of_one_size_and_one_model(proof: Proof, setting: str) -> None:
+    assert proof.call("quick", FAILS="quick-13b")[0] == 0
+    code, output = proof.call("doctor", **{setting: "smoke"})
+    assert code == 2, output
+    assert f"{setting}: 'smoke': expected '" in output
+    assert "give another FOLDER" in output
+    assert proof.call("quick")[0] == 0
 
 
 @pytest.mark.parametrize("size", ["short", "whole", "smoke"])
