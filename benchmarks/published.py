@@ -172,7 +172,7 @@ def interference(alone: JSON, together: JSON) -> Iterator[str]:
 
 
 def sampling(monitor: JSON) -> Iterator[str]:
-    """What the monitor takes, beside bare loops and nvidia-smi, which read the memory alone."""
+    """What the monitor takes, beside bare loops and nvidia-smi, which read the memory alone, and another exporter."""
     shares = ("cpu_share", "gpu_sampling_cpu_share", "gpu_memory_cpu_share")
     yield from table(
         "program", "asked", "samples/s", "of a core", "to read GPUs", "their memory", "late p99", "scrape p99"
@@ -188,6 +188,9 @@ def sampling(monitor: JSON) -> Iterator[str]:
             if "waking_cpu_share" in one:
                 share += f" (waking up alone: {one['waking_cpu_share']:.2%})"
             yield row(name, f"{one['hz']} Hz", f"{one['samples_per_second']:.0f}", share, "", "", "", "")
+    if one := monitor["exporter"]:
+        scrape = f"{one['scrape_seconds']['p99'] * 1e3:.2f} ms"
+        yield row(one["exporter"], "", "", f"{one['cpu_share']:.2%}", "", "", "", scrape)
     threads = [one["thread_cpu_shares"] for one in monitor["monitor"]]
     yield from table("thread of the monitor", *(f"of a core at {one['hz']} Hz" for one in monitor["monitor"]))
     for thread in sorted(threads[0], key=threads[0].__getitem__, reverse=True):
@@ -200,11 +203,14 @@ def sampling(monitor: JSON) -> Iterator[str]:
 
 def slowdown(measured: Sequence[JSON], what: str) -> Iterator[str]:
     """Throughput of servers with and without something that watches them."""
-    yield from table("server", f"tokens/s without {what}", "with", "with over without")
+    yield from table("server", f"tokens/s without {what}", "with", "with over without", "pairs", "lowest", "highest")
     for one in measured:
         means = (f"{fmean(one['tokens_per_second'][name]):,.0f}" for name in ("without", "with"))
         at = f" ({one['hz']} Hz)" if "hz" in one else ""
-        yield row(one["server"] + at, *means, times(one))
+        ratios = one["ratios"]
+        yield row(
+            one["server"] + at, *means, times(one), len(ratios), *(f"{end:.2f}" for end in (min(ratios), max(ratios)))
+        )
 
 
 def agreement(first: Path, second: Path) -> Iterator[str]:
@@ -255,11 +261,9 @@ def cache(same: JSON) -> Iterator[str]:
         yield row(target, share, f"{kv['running']['mean']:.1f}", f"{kv['running']['max']:.0f}")
 
 
-def claims(ladder: JSON, same: JSON, classic: JSON) -> Iterator[str]:
-    """The launch post's and the original experiment's figures beside ours."""
+def claims(ladder: JSON, same: JSON, classics: Sequence[JSON]) -> Iterator[str]:
+    """The launch post's and the original experiment's figures beside ours; of the experiment ours may be several."""
     high = ladder["levels"][-1]
-    found = {finding["key"]: finding["figures"] for finding in classic["findings"]}
-    took = found["faster"]
     yield from table("claim", "theirs", "here")
     of_all = high["ratios"]["vllm"]["output_throughput"]
     yield row(
@@ -271,13 +275,13 @@ def claims(ladder: JSON, same: JSON, classic: JSON) -> Iterator[str]:
     ratio = last["ratios"]["vllm"]["output_throughput"]
     yield row("", "", f"{times(ratio)} of `batch` in the same bytes, {last['level']} in flight")
     before, after = ORIGINAL
-    yield row(
-        "four inputs, one after another against at once",
-        f"{before} s against {after} s: {before / after:.1f}",
-        f"{took['hf']:.2f} s against {took['together']:.2f} s: {took['times']:.1f}",
-    )
-    split = found["split"]
-    yield row("", "", f"{split['batching']:.1f} by taking them at once x {split['engine']:.1f} by all else")
+    claim = ("four inputs, one after another against at once", f"{before} s against {after} s: {before / after:.1f}")
+    for number, classic in enumerate(classics):
+        found = {finding["key"]: finding["figures"] for finding in classic["findings"]}
+        took, split = found["faster"], found["split"]
+        ours = f"{took['hf']:.2f} s against {took['together']:.2f} s: {took['times']:.1f}"
+        yield row(*(("", "") if number else claim), ours)
+        yield row("", "", f"{split['batching']:.1f} by taking them at once x {split['engine']:.1f} by all else")
 
 
 def page(folder: Path) -> str:
@@ -294,8 +298,9 @@ def page(folder: Path) -> str:
         ladder, same = runs["ladder"], runs["same-memory"]
         parts["What each rung adds"] = steps(ladder, same)
         parts["KV cache: same-memory beside the paper"] = cache(same)
-    if {"ladder", "same-memory"} <= {*runs} and "classic" in files:
-        parts["Beside other claims"] = claims(runs["ladder"], runs["same-memory"], files["classic"])
+    classics = [files[name] for name in sorted(files) if name.startswith("classic")]
+    if {"ladder", "same-memory"} <= {*runs} and classics:
+        parts["Beside other claims"] = claims(runs["ladder"], runs["same-memory"], classics)
     if "two-gpus" in runs:
         parts["One server on two GPUs"] = spread(runs["two-gpus"])
     if {"own-gpus-alone", "own-gpus-together"} <= {*runs}:
@@ -303,8 +308,9 @@ def page(folder: Path) -> str:
     if "monitor" in files:
         parts["What the monitor takes"] = sampling(files["monitor"])
         parts["Servers beside the monitor"] = slowdown(files["monitor"]["slowdown"], "the monitor")
-    if "kv-sampling" in files:
-        parts["Servers whose KV cache is sampled"] = slowdown(files["kv-sampling"]["results"], "sampling")
+    sampled = [one for name in sorted(files) if name.startswith("kv-sampling") for one in files[name]["results"]]
+    if sampled:
+        parts["Servers whose KV cache is sampled"] = slowdown(sampled, "sampling")
     return "\n".join("\n".join((f"### {title}", *lines, "")) for title, lines in parts.items())
 
 

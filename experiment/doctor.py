@@ -80,7 +80,10 @@ def _gpu_and_torch() -> Iterator[Finding]:
     cuda = torch.version.cuda
     found = f"{torch.__version__}, CUDA {cuda or 'none'}"
     if gpus and not torch.cuda.is_available():
-        yield Finding("torch", "missing", f"{found}; it does not see the GPU", "run: make install DEVICE=gpu")
+        # nvidia-smi shows the newest CUDA that a driver serves.
+        newer = f"install a driver for CUDA {cuda}, or set CUDA_VISIBLE_DEVICES to a GPU"
+        advice = newer if cuda else "run: make install DEVICE=gpu"
+        yield Finding("torch", "missing", f"{found}; it does not see the GPU", advice)
     else:
         yield Finding("torch", "ok", found)
 

@@ -108,8 +108,11 @@ class ModelEngine(Engine):
         """What is held now."""
         allocator = None
         if self.model.device.type == "cuda":
-            devices = range(torch.cuda.device_count())
-            allocator = sum(map(torch.cuda.memory_allocated, devices)), sum(map(torch.cuda.memory_reserved, devices))
+            # All of a device at once, and as it comes: memory_allocated and memory_reserved each sort all there is.
+            stats = [torch.cuda.memory_stats_as_nested_dict(device) for device in range(torch.cuda.device_count())]
+            parts = ("allocated_bytes", "reserved_bytes")
+            allocated, reserved = (sum(device[part]["all"]["current"] for device in stats) for part in parts)
+            allocator = allocated, reserved
         return State(self.running, self.waiting, self.held, allocator)
 
     def submit(self, job: Job) -> None:

@@ -40,12 +40,14 @@ def test_the_shares_of_the_monitor_and_of_what_is_beside_it_are_all_of_a_core() 
     monitor |= {"thread_cpu_shares": {"governor": 0.001, "gpu0-fast": 0.012}}
     monitor |= {"memory": {"0": {"used": 2e9, "parts": {"vllm": 1.5e9, "unattributed": 5e8}}}}
     beside = rate | {"cpu_share": 0.01}
-    measured = {"monitor": [monitor], "bare_loop": [beside], "nvidia_smi": []}
+    measured: dict[str, Any] = {"monitor": [monitor], "bare_loop": [beside], "nvidia_smi": []}
+    measured |= {"exporter": {"exporter": "another", "cpu_share": 0.008, "scrape_seconds": scrape}}
     lines = list(sampling(measured | {"c_loop": [beside | {"waking_cpu_share": 0.004}]}))
     assert lines[3:] == [
         "| monitor | 100 Hz | 100 | 2.40% | 2.00% | 1.20% | 0.20 ms | 4.50 ms |",
         "| a loop that reads the memory alone | 100 Hz | 100 | 1.00% |  |  |  |  |",
         "| the same in C | 100 Hz | 100 | 1.00% (waking up alone: 0.40%) |  |  |  |  |",
+        "| another |  |  | 0.80% |  |  |  | 4.50 ms |",
         "",
         "| thread of the monitor | of a core at 100 Hz |",
         "| --- | --- |",
