@@ -37,10 +37,10 @@ case $MODEL in random:*) export HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}" ;; esac
 # servers and a cell. The others begin anew.
 declare -A least=(
     [doctor]=20 [quick]=150 [ladder]=120 [same-memory]=120 [classic]=120 [tests-stack]=300 [monitor]=220
-    [paper]=120 [kv-sampling]=230 [tests-hf]=300 [quick-13b]=150 [own-gpus]=200 [two-gpus]=150
+    [paper]=120 [kv-sampling]=230 [tests-hf]=300 [quick-13b]=150 [paper-13b]=150 [own-gpus]=200 [two-gpus]=150
 )
 # The most telling first.
-all="doctor quick ladder same-memory monitor classic paper tests-stack tests-hf kv-sampling quick-13b"
+all="doctor quick ladder same-memory monitor classic paper tests-stack tests-hf kv-sampling quick-13b paper-13b"
 GPUS=${GPUS:-$("$PYTHON" -c "from experiment.environment import find_gpus; print(len(find_gpus()[0]))")}
 # Those of a shared machine that the user has chosen.
 IFS=, read -ra chosen <<<"${CUDA_VISIBLE_DEVICES:-0,1}"
@@ -75,11 +75,20 @@ size_of() {
         [ "$1" = paper ] || levels="4,8,16,32,64"
         size+=(--workload alpaca --levels "$levels" --duration-seconds 30 --ramp-seconds 3 --min-requests 20 --repeats 1)
         ;;
+    # The paper's own case: ShareGPT's lengths, and of OPT-13B the 15,700 tokens of 819,200 bytes of its Table 1.
+    short-paper-13b*)
+        local levels="0.5,1,2,4"
+        case $1 in *-static) levels="0.25,0.5" ;; *-vllm) levels="8,12" ;; esac
+        size+=(--levels "$levels" --duration-seconds 45 --ramp-seconds 5 --min-requests 12 --repeats 1)
+        size+=(--kv-budget "${BIG_KV_BUDGET:-12861440000}")
+        ;;
     short-interference) size+=(--levels 16 --requests-per-user 12 --repeats 3 --output-mean 32) ;;
     whole-paper-vllm) size+=(--levels "8,16,32,64") ;;
+    whole-paper-13b-vllm) size+=(--levels "8,12,16" --kv-budget "${BIG_KV_BUDGET:-12861440000}") ;;
+    whole-paper-13b*) size+=(--kv-budget "${BIG_KV_BUDGET:-12861440000}") ;;
     whole-same-memory) size+=(--kv-budget "${KV_BUDGET:-4294967296}") ;;
     whole-interference) size+=(--levels 16 --requests-per-user 12) ;;
-    smoke-paper | smoke-paper-vllm) size+=(--workload alpaca --levels 2 --requests 4 --ramp-seconds 1 --repeats 1) ;;
+    smoke-paper*) size+=(--workload alpaca --levels 2 --requests 4 --ramp-seconds 1 --repeats 1) ;;
     smoke-*)
         size+=(--levels 2 --requests-per-user 2 --min-requests 4 --min-seconds 1 --repeats 1)
         size+=(--workload lognormal --output-mean 8)
@@ -103,6 +112,7 @@ step() {
     doctor) limited "${headroom[@]}" doctor ;;
     classic) limited "${headroom[@]}" classic --out "$FOLDER/runs/classic" ;;
     paper) paper ;;
+    paper-13b) paper_13b ;;
     quick | ladder | same-memory) compare "$1" --preset "$1" "${size[@]}" ;;
     quick-13b) compare "$1" --preset quick "${size[@]}" ;;
     own-gpus) own_gpus ;;
@@ -177,6 +187,22 @@ paper() {
     compare paper --preset paper "${size[@]}" || return
     size_of paper-vllm "$MODEL"
     compare paper-vllm "$plan" "${size[@]}"
+}
+
+# The paper's experiment with its model and as little memory: each server at the rates at which it is seen to give in.
+paper_13b() {
+    local part rows="--max-batch 64" plan
+    declare -A targets=(
+        [static]="{name: batch-static, kind: hf, args: --engine batch --cache static $rows}"
+        [paged]="{name: continuous, kind: hf, args: --engine continuous $rows}, {name: vllm, kind: vllm}"
+        [vllm]="{name: vllm, kind: vllm}"
+    )
+    for part in static paged vllm; do
+        plan="$FOLDER/paper-13b-$part.yaml"
+        printf 'preset: paper\ntargets: [%s]\n' "${targets[$part]}" >"$plan"
+        size_of "paper-13b-$part" "$BIG_MODEL"
+        compare "paper-13b-$part" "$plan" "${size[@]}" || return
+    done
 }
 
 # Each server on a GPU of its own, under load one at a time and then together.
@@ -296,7 +322,7 @@ FOLDER=$(cd "$FOLDER" && pwd)
 # What a call left running, if it was killed, holds the lock too.
 exec 9>"$FOLDER/lock"
 flock --nonblock 9 || refuse "FOLDER: '$FOLDER': another call is at work on it"
-for name in SIZE MODEL BIG_MODEL KV_BUDGET; do
+for name in SIZE MODEL BIG_MODEL KV_BUDGET BIG_KV_BUDGET; do
     grep -qs "^$name=" "$FOLDER/settings" || echo "$name=${!name:-}" >>"$FOLDER/settings"
     was=$(grep "^$name=" "$FOLDER/settings")
     [ "${was#*=}" = "${!name:-}" ] ||

@@ -26,6 +26,8 @@ PAPER_HELD = {"Orca (Max)": 7.00, "Orca (Pow2)": 9.81, "Orca (Oracle)": 13.62, "
 POST = "14 to 24"
 #: Seconds for the four inputs: Transformers one after another, vLLM all at once.
 ORIGINAL = (0.91, 0.09)
+# The runs of which each table of latency at rising rates is made.
+CURVES = {"paper": ("paper", "paper-vllm"), "paper-13b": ("paper-13b-static", "paper-13b-paged", "paper-13b-vllm")}
 
 
 def times(ratio: JSON) -> str:
@@ -76,12 +78,12 @@ def speed(summary: JSON, plan: JSON) -> Iterator[str]:
         )
 
 
-def options(plan: JSON) -> Iterator[str]:
+def options(*plans: JSON) -> Iterator[str]:
     """What each server was started with, after an empty line."""
     without = {"hf": "no options, so one request at a time", "vllm": "no options of its own"}
     said = {}
-    for one in plan["targets"]:
-        args = shlex.join(joined(plan.get(f"{one['kind']}_args", ""), one["args"]))
+    for of, one in ((plan, one) for plan in plans for one in plan["targets"]):
+        args = shlex.join(joined(of.get(f"{one['kind']}_args", ""), one["args"]))
         said[one["name"]] = "it ran already" if one["url"] else f"`{args}`" if args else without[one["kind"]]
     yield from ("", f"Servers: {'; '.join(f'`{name}`: {what}' for name, what in said.items())}.")
 
@@ -112,12 +114,12 @@ def client(runs: Mapping[str, JSON]) -> Iterator[str]:
         yield row(name, f"{share:.0%}", *worst, ", ".join(f"{one:.0%}" for one in busy), often)
 
 
-def rates(plan: JSON, *summaries: JSON) -> Iterator[str]:
+def rates(plans: Sequence[JSON], summaries: Sequence[JSON]) -> Iterator[str]:
     """Normalized latency against the rate of arrivals, which is what the paper's Fig. 12 shows.
 
     Where a queue grew, or the cell was too short for what waited in it, there is no mean.
     """
-    yield from options(plan)
+    yield from options(*plans)
     yield from table(
         *("requests/s", "that came", "server", "normalized latency", "TTFT p50", "tokens/s"),
         *("running, sampled: mean, most", "KV cache set aside at most"),
@@ -289,10 +291,13 @@ def page(folder: Path) -> str:
     runs = {path.parent.name: read(path) for path in sorted(folder.glob("*/summary.json"))}
     plans = {name: read(folder / name / "plan.json") for name in runs}
     files = {path.stem: read(path) for path in folder.glob("*.json")}
-    curves = [name for name in ("paper", "paper-vllm") if name in runs]
-    parts = {f"Speed: {name}": speed(summary, plans[name]) for name, summary in runs.items() if name not in curves}
-    if curves:
-        parts["Latency at rising rates: paper"] = rates(plans[curves[0]], *(runs[name] for name in curves))
+    curves = {title: [name for name in these if name in runs] for title, these in CURVES.items()}
+    drawn = {name for these in curves.values() for name in these}
+    parts = {f"Speed: {name}": speed(summary, plans[name]) for name, summary in runs.items() if name not in drawn}
+    for title, these in curves.items():
+        if these:
+            found = ([of[name] for name in these] for of in (plans, runs))
+            parts[f"Latency at rising rates: {title}"] = rates(*found)
     parts["Whether the load generator was fast enough"] = client(runs)
     if {"ladder", "same-memory"} <= {*runs}:
         ladder, same = runs["ladder"], runs["same-memory"]

@@ -200,7 +200,7 @@ def test_each_server_has_one_of_the_gpus_that_the_user_has_chosen(proof: Proof) 
     assert [target["gpus"] for target in plan["targets"]] == ["3", "1"]
 
 
-@pytest.mark.parametrize("setting", ["SIZE", "MODEL", "BIG_MODEL", "KV_BUDGET"])
+@pytest.mark.parametrize("setting", ["SIZE", "MODEL", "BIG_MODEL", "KV_BUDGET", "BIG_KV_BUDGET"])
 def test_a_folder_is_of_one_size_and_one_model(proof: Proof, setting: str) -> None:
     assert proof.call("quick", FAILS="quick-13b")[0] == 0
     code, output = proof.call("doctor", **{setting: "smoke"})
@@ -215,9 +215,9 @@ def test_every_comparison_is_a_plan(proof: Proof, size: str) -> None:
     code, output = proof.call("", GPUS="2", SIZE=size)
     assert code == 0, output
     plans = [read_plan(words[1:]) for words in proof.asked() if words[0] == "compare"]
-    assert len(plans) == 9
-    assert len({plan.out for plan in plans}) == 9
-    assert sum(plan.model == "random:opt-13b" for plan in plans) == (0 if size == "smoke" else 1)
+    assert len(plans) == 12
+    assert len({plan.out for plan in plans}) == 12
+    assert sum(plan.model == "random:opt-13b" for plan in plans) == (0 if size == "smoke" else 4)
     assert sum(plan.together for plan in plans) == 1
 
 
