@@ -59,7 +59,8 @@ class Proof:
         own = {"PYTHON": str(self.python), "FOLDER": str(self.folder), "GPUS": "1", "ASKED": str(self.home / "asked")}
         own |= {"FAILS": "-", "STEPS": steps} | settings
         return subprocess.Popen(
-            ["bash", str(SCRIPT)],  # noqa: S607
+            # A signal that was ignored where the tests were started, as nohup has it, could not be taken.
+            ["env", "--default-signal=INT,HUP", "bash", str(SCRIPT)],  # noqa: S607
             env=os.environ | own,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
