@@ -31,6 +31,8 @@ short | whole) : "${MODEL:=random:llama-7b}" "${BIG_MODEL:=random:opt-13b}" ;;
 smoke) : "${MODEL:=random:tiny}" "${BIG_MODEL:=random:tiny}" ;;
 *) refuse "SIZE: '$SIZE': expected short, whole or smoke" ;;
 esac
+# What the paper's Table 1 has for OPT-13B: 15,700 tokens of 819,200 bytes.
+: "${BIG_KV_BUDGET:=12861440000}"
 case $MODEL in random:*) export HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}" ;; esac
 
 # Seconds that a step should have left to be worth its start. A comparison goes on in the next piece: it needs its
@@ -75,17 +77,16 @@ size_of() {
         [ "$1" = paper ] || levels="4,8,16,32,64"
         size+=(--workload alpaca --levels "$levels" --duration-seconds 30 --ramp-seconds 3 --min-requests 20 --repeats 1)
         ;;
-    # The paper's own case: ShareGPT's lengths, and of OPT-13B the 15,700 tokens of 819,200 bytes of its Table 1.
     short-paper-13b*)
         local levels="0.5,1,2,4"
         case $1 in *-static) levels="0.25,0.5" ;; *-vllm) levels="8,12" ;; esac
         size+=(--levels "$levels" --duration-seconds 45 --ramp-seconds 5 --min-requests 12 --repeats 1)
-        size+=(--kv-budget "${BIG_KV_BUDGET:-12861440000}")
+        size+=(--kv-budget "$BIG_KV_BUDGET")
         ;;
     short-interference) size+=(--levels 16 --requests-per-user 12 --repeats 3 --output-mean 32) ;;
     whole-paper-vllm) size+=(--levels "8,16,32,64") ;;
-    whole-paper-13b-vllm) size+=(--levels "8,12,16" --kv-budget "${BIG_KV_BUDGET:-12861440000}") ;;
-    whole-paper-13b*) size+=(--kv-budget "${BIG_KV_BUDGET:-12861440000}") ;;
+    whole-paper-13b-vllm) size+=(--levels "8,12,16" --kv-budget "$BIG_KV_BUDGET") ;;
+    whole-paper-13b*) size+=(--kv-budget "$BIG_KV_BUDGET") ;;
     whole-same-memory) size+=(--kv-budget "${KV_BUDGET:-4294967296}") ;;
     whole-interference) size+=(--levels 16 --requests-per-user 12) ;;
     smoke-paper*) size+=(--workload alpaca --levels 2 --requests 4 --ramp-seconds 1 --repeats 1) ;;
@@ -208,6 +209,10 @@ paper_13b() {
 # Each server on a GPU of its own, under load one at a time and then together.
 own_gpus() {
     local plan="$FOLDER/own-gpus.yaml"
+    [ ${#chosen[@]} -gt 1 ] || {
+        echo "own-gpus: CUDA_VISIBLE_DEVICES: '$CUDA_VISIBLE_DEVICES': expected two GPUs, as 0,1" >>"$log"
+        return 1
+    }
     cat >"$plan" <<END
 preset: quick
 targets:

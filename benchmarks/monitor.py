@@ -43,12 +43,12 @@ from benchmarks.peers.watchers import (
 )
 from benchmarks.serving import JSON, Servers, closed_loop
 from experiment.environment import describe
-from experiment.run.stack import Program, RunError, end, get
+from experiment.run.stack import MONITOR_CPU, Program, RunError, end, get
 
 # So that what the monitor slows down, it has slowed down: it looks every 5 s.
 SETTLE_SECONDS, START_SECONDS = 16.0, 900.0
-# What a monitor may take of a core by default, and what it must be allowed for each sample a second to take them all.
-MAX_CPU, SAMPLE_CPU_SECONDS = 0.02, 1e-4
+# What a monitor must be allowed of a core for each sample a second to take them all.
+SAMPLE_CPU_SECONDS = 1e-4
 LATENESS, MISSED = "monitor_sample_lateness_seconds", "monitor_samples_missed"
 
 
@@ -80,7 +80,7 @@ def options(hz: int) -> list[str]:
 
     With less it takes fewer samples, as the table says; with far more it would read dear values that often.
     """
-    return ["--hz", str(hz), "--minutes", "5", "--max-cpu", f"{max(MAX_CPU, hz * SAMPLE_CPU_SECONDS):g}"]
+    return ["--hz", str(hz), "--minutes", "5", "--max-cpu", f"{max(MONITOR_CPU, hz * SAMPLE_CPU_SECONDS):g}"]
 
 
 def cost(hz: int, seconds: float, program: Program) -> JSON:

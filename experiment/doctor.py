@@ -80,8 +80,7 @@ def _gpu_and_torch() -> Iterator[Finding]:
     cuda = torch.version.cuda
     found = f"{torch.__version__}, CUDA {cuda or 'none'}"
     if gpus and not torch.cuda.is_available():
-        # nvidia-smi shows the newest CUDA that a driver serves.
-        newer = f"install a driver for CUDA {cuda}, or set CUDA_VISIBLE_DEVICES to a GPU"
+        newer = f"install a driver for CUDA {cuda} (nvidia-smi shows what it serves), or mend CUDA_VISIBLE_DEVICES"
         advice = newer if cuda else "run: make install DEVICE=gpu"
         yield Finding("torch", "missing", f"{found}; it does not see the GPU", advice)
     else:

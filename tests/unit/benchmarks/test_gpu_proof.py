@@ -201,6 +201,13 @@ def test_each_server_has_one_of_the_gpus_that_the_user_has_chosen(proof: Proof) 
     assert [target["gpus"] for target in plan["targets"]] == ["3", "1"]
 
 
+def test_two_servers_are_not_given_a_gpu_that_the_user_has_not_chosen(proof: Proof) -> None:
+    code, output = proof.call("own-gpus", GPUS="4", CUDA_VISIBLE_DEVICES="3")
+    assert code == 1, output
+    assert "CUDA_VISIBLE_DEVICES: '3': expected two GPUs" in output
+    assert proof.asked() == []
+
+
 @pytest.mark.parametrize("setting", ["SIZE", "MODEL", "BIG_MODEL", "KV_BUDGET", "BIG_KV_BUDGET"])
 def test_a_folder_is_of_one_size_and_one_model(proof: Proof, setting: str) -> None:
     assert proof.call("quick", FAILS="quick-13b")[0] == 0

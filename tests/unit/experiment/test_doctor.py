@@ -84,7 +84,7 @@ def test_a_gpu_that_torch_does_not_see_is_missing(plan: Plan, monkeypatch: pytes
     assert find(plan, "GPU").found == "A GPU, 80 GiB"
     torch = find(plan, "torch")
     assert torch.mark == "missing"
-    assert torch.advice.startswith("install a driver for CUDA 13,")
+    assert torch.advice.startswith("install a driver for CUDA 13 ")
     monkeypatch.setattr("torch.version.cuda", None)
     assert find(plan, "torch").advice == "run: make install DEVICE=gpu"
 

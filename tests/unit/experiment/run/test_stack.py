@@ -18,6 +18,7 @@ import pytest
 from experiment.run import stack
 from experiment.run.cells import Timeline
 from experiment.run.stack import Program, RunError, Stack
+from monitor.settings import Settings
 from tests.unit.experiment.folders import make_plan
 from tests.unit.experiment.run.conftest import Serve
 
@@ -427,6 +428,7 @@ def test_the_monitor_may_take_as_much_for_each_gpu(
     monkeypatch.setattr(stack, "find_gpus", lambda: ([{}] * gpus, None))
     made = Stack(make_plan(monitor_port=9), tmp_path, lambda _: None)
     assert made._monitor() == ["monitor", "--port", "9", *given]
+    assert Settings.model_fields["max_cpu"].default == stack.MONITOR_CPU
     monkeypatch.setenv("HEADROOM_MONITOR_MAX_CPU", "0.5")
     assert made._monitor() == ["monitor", "--port", "9"]
 
